@@ -1,0 +1,1 @@
+"""Efficient attention in JAX: one contract for every mechanism, as pure functions and Flax modules."""

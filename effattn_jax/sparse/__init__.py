@@ -1,0 +1,1 @@
+"""Softmax attention that reads a selection of the keys, as pure functions."""
