@@ -1,0 +1,253 @@
+"""Scalar decay: a matrix memory that forgets by one number per head (and token).
+
+    S_t = e^{g_t} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+
+The core of linear attention (g = 0; Katharopoulos et al. 2020, arXiv:2006.16236), RetNet (g constant; Sun et al. 2023,
+arXiv:2307.08621), Lightning Attention-2 (Qin et al. 2024, arXiv:2401.04658) and Mamba-2 (g = A dt, q = C, k = B,
+v = dt x; Dao & Gu 2024, arXiv:2405.21060).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from effattn_jax import checks
+from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.linear.chunks import from_chunks, to_chunks
+from effattn_jax.linear.decay import decay_sum, decay_to_end, pairwise_decay
+from effattn_jax.linear.precision import accumulation_dtype, contract, zeros_varying
+from effattn_jax.linear.segments import chunk_masks
+from effattn_jax.typing import Array, Float, HeadDecay, Keys, MatrixState, Queries, SegmentIds, Values
+
+FORMS = ("recurrent", "parallel", "chunkwise")
+CHUNK = 64  # C of the order of K balances the C^2 (K + V) work inside chunks against the C K V work on states
+
+
+def scalar_decay(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: HeadDecay | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: MatrixState | None = None,
+    segment_ids: SegmentIds | None = None,
+    form: str | None = None,
+    implementation: Implementation = None,
+) -> tuple[Values, MatrixState]:
+    """S_t = e^{g_t} S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, for every head.
+
+    Heads: H is the largest head count among q, k and v; the others may have fewer that divide H, each serving
+    consecutive heads (groups of Mamba-2: q and k shared; grouped-query attention: k and v shared).
+
+    Args:
+      q: [B, T, H, K] queries.
+      k: [B, T, H, K] keys.
+      v: [B, T, H, V] values; V may differ from K.
+      log_decay: g, the natural logarithm of the decay, <= 0. None (no decay), [H] or [B, T, H].
+      scale: factor on the queries; None means K**-0.5.
+      initial_state: [B, H, K, V], the memory of the first document of each row; None means zeros.
+      segment_ids: [B, T] documents of packed rows, never decreasing along a row; memory does not cross documents.
+        Negative ids mark padding: such a token writes nothing, reads zero and lets the state pass.
+      form: "recurrent" (`lax.scan` over tokens), "parallel" (quadratic in T), "chunkwise" (matrix products over chunks,
+        a scan over chunks), three algorithms for one answer. None takes the single step for T = 1, else chunkwise.
+      implementation: where it runs, see `effattn_jax.dispatch`; "xla" is there.
+
+    Returns:
+      out [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32 (float64 for float64 inputs).
+      Every form keeps for the backward pass a memory linear in T with states per chunk, never per token (the parallel
+      form keeps T^2 scores).
+
+    Raises:
+      ValueError: shapes, dtypes, head counts, form or segment ids that do not fit.
+    """
+    heads = _check(q, k, v, log_decay, initial_state, segment_ids, form)
+    batch, length, _, key_dim = q.shape
+    if form is None:
+        form = "recurrent" if length == 1 else "chunkwise"
+    accumulate = accumulation_dtype(q.dtype)
+    if log_decay is None:
+        log_decay = jnp.zeros((heads,), accumulate)
+    if initial_state is None:
+        shape = (batch, heads, key_dim, v.shape[-1])
+        initial_state = zeros_varying(shape, accumulate, q, k, v, log_decay)
+    out, state = dispatch(
+        "scalar_decay",
+        {"xla": _xla},
+        implementation,
+        ("xla",),
+        q,
+        k,
+        v,
+        log_decay.astype(accumulate),
+        initial_state.astype(accumulate) + zeros_varying(initial_state.shape, accumulate, q, k, v, log_decay),
+        segment_ids,
+        form,
+    )
+    out = out * (key_dim**-0.5 if scale is None else scale)
+    return out.astype(q.dtype), state
+
+
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    initial_state: Array,
+    segment_ids: Array | None,
+    form: str,
+) -> tuple[Array, Array]:
+    heads = initial_state.shape[1]
+    if form == "recurrent":
+        q, k, v = (jnp.repeat(x.astype(initial_state.dtype), heads // x.shape[2], axis=2) for x in (q, k, v))
+        log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], heads))
+        segment_ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        return recurrent(q, k, v, log_decay, initial_state, segment_ids)
+    groups = heads if q.shape[2] != k.shape[2] else q.shape[2]
+    q, k = (jnp.repeat(x, groups // x.shape[2], axis=2) for x in (q, k))
+    v = jnp.repeat(v, heads // v.shape[2], axis=2)
+    algorithm = parallel if form == "parallel" else jax.checkpoint(chunkwise)
+    return algorithm(q, k, v, log_decay, initial_state, segment_ids)
+
+
+def recurrent(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"],
+    initial_state: MatrixState,
+    segment_ids: SegmentIds,
+) -> tuple[Float[Array, "B T H V"], MatrixState]:
+    """The equation, token by token."""
+
+    def step(carry: tuple[Array, Array], token: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+        state, document = carry
+        q, k, v, g, segment = token
+        real = segment >= 0
+        begins = real & (document >= 0) & (segment != document)
+        decayed = jnp.where(begins[:, None, None, None], 0, jnp.exp(g)[:, :, None, None] * state)
+        written = decayed + k[:, :, :, None] * v[:, :, None, :]
+        state = jnp.where(real[:, None, None, None], written, state)
+        out = contract("bhkv,bhk->bhv", state, q) * real[:, None, None]
+        return (state, jnp.where(real, segment, document)), out
+
+    no_document = jnp.full_like(segment_ids, -1, shape=segment_ids.shape[:1])
+    tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_decay, segment_ids))
+    (state, _), out = _scan_checkpointed(step, (initial_state, no_document), tokens)
+    return jnp.moveaxis(out, 0, 1), state
+
+
+def _scan_checkpointed(step, carry, tokens):  # type: ignore[no-untyped-def]
+    """`lax.scan` whose backward pass keeps a carry per sqrt(T) tokens instead of one per token."""
+    length = tokens[0].shape[0]
+    inner = max(1, math.isqrt(length))
+    whole = length // inner * inner
+    head = jax.tree.map(lambda x: x[:whole].reshape(whole // inner, inner, *x.shape[1:]), tokens)
+    tail = jax.tree.map(lambda x: x[whole:], tokens)
+    scan = jax.checkpoint(lambda carry, block: jax.lax.scan(step, carry, block))
+    carry, out = jax.lax.scan(scan, carry, head)
+    carry, out_tail = scan(carry, tail)
+    return carry, jnp.concatenate([out.reshape(whole, *out.shape[2:]), out_tail])
+
+
+def parallel(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    log_decay: HeadDecay,
+    initial_state: MatrixState,
+    segment_ids: SegmentIds | None,
+) -> tuple[Float[Array, "B T H V"], MatrixState]:
+    """O = ((Q K^T) * D) V with D_ij = e^{g_{j+1} + ... + g_i} for j <= i: the whole row is one chunk."""
+    return chunkwise(q, k, v, log_decay, initial_state, segment_ids, chunk=max(1, q.shape[1]))
+
+
+def chunkwise(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    log_decay: HeadDecay,
+    initial_state: MatrixState,
+    segment_ids: SegmentIds | None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B T H V"], MatrixState]:
+    """In a chunk that starts from S with G_i = g_1 + ... + g_i, every exponent <= 0:
+
+    O = ((Q K^T) * D) V + diag(e^G) Q S        D_ij = e^{G_i - G_j} for j <= i
+    S' = e^{G_C} S + (diag(e^{G_C - G}) K)^T V
+
+    `scalar_decay` calls it under `jax.checkpoint`: the backward pass keeps the arguments and recomputes the rest.
+    """
+    batch, length, groups, _ = q.shape
+    heads = (groups, v.shape[2] // groups)  # R heads of v share the keys of each of G groups
+    gates = log_decay if log_decay.ndim == 3 else jnp.broadcast_to(log_decay, (1, length, log_decay.shape[0]))
+    if segment_ids is not None:
+        gates = jnp.where(segment_ids[..., None] >= 0, gates, 0)
+    elif log_decay.ndim == 1 and length % chunk == 0:
+        gates = gates[:, :chunk]  # all chunks are alike: one D serves them
+    q, k, v, gates = (to_chunks(x, chunk) for x in (q, k, v, gates))
+    v = v.reshape(*v.shape[:3], *heads, v.shape[-1])
+    g = decay_sum(jnp.moveaxis(gates.reshape(*gates.shape[:3], *heads), 2, -1))  # [B or 1, N or 1, G, R, C]
+
+    mask = jnp.tril(jnp.ones((chunk, chunk), bool))
+    to_end, from_start, keep = decay_to_end(g), jnp.exp(g.total), jnp.exp(g.total[..., -1])
+    if segment_ids is not None:
+        masks = chunk_masks(to_chunks(segment_ids, chunk, fill=-1))
+        mask = mask & masks.inside[:, :, None, None]
+        to_end = to_end * masks.out[:, :, None, None]
+        from_start = from_start * masks.into[:, :, None, None]
+        keep = keep * masks.keep[:, :, None, None]
+
+    scores = contract("bnigk,bnjgk->bngij", q, k)[:, :, :, None] * pairwise_decay(g, mask)
+    inside = contract("bngrij,bnjgrv->bnigrv", scores.astype(v.dtype), v)
+    written = contract("bncgk,bncgrv->bngrkv", k, (v * jnp.moveaxis(to_end, -1, 2)[..., None]).astype(v.dtype))
+    entering, state = _states(keep, written, initial_state.reshape(batch, *written.shape[2:]))
+    read = contract("bncgk,bngrkv->bncgrv", q, entering.astype(q.dtype))
+    out = from_chunks(inside + read * jnp.moveaxis(from_start, -1, 2)[..., None], length)
+    return out.reshape(batch, length, initial_state.shape[1], v.shape[-1]), state.reshape(initial_state.shape)
+
+
+def _states(keep: Array, written: Array, state: Array) -> tuple[Array, Array]:
+    """S_{n+1} = P_n S_n + R_n over chunks: the state that enters each, and the last."""
+
+    def step(state: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        keep, written = chunk
+        return keep[..., None, None] * state + written, state
+
+    keep = jnp.broadcast_to(keep, written.shape[:4])
+    state, entering = jax.lax.scan(step, state, (jnp.moveaxis(keep, 1, 0), jnp.moveaxis(written, 1, 0)), unroll=4)
+    return jnp.moveaxis(entering, 0, 1), state
+
+
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    form: str | None,
+) -> int:
+    """Raise ValueError on what does not fit; the number of heads of the state."""
+    checks.check_choice("form", form, FORMS)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_rank(name, x, 4, "[B, T, H, K]")
+        checks.check_floating(name, x)
+    batch, length, _, key_dim = q.shape
+    checks.check_shape("k", k, (batch, length, None, key_dim), "[B, T, H, K]")
+    checks.check_shape("v", v, (batch, length, None, None), "[B, T, H, V]")
+    heads = max(x.shape[2] for x in (q, k, v))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_head_groups(name, x.shape[2], "q, k and v", heads)
+    if log_decay is not None:
+        checks.check_floating("log_decay", log_decay)
+        if jnp.ndim(log_decay) == 1:
+            checks.check_shape("log_decay", log_decay, (heads,), "[H]")
+        else:
+            checks.check_shape("log_decay", log_decay, (batch, length, heads), "[H] or [B, T, H]")
+    if initial_state is not None:
+        checks.check_shape("initial_state", initial_state, (batch, heads, key_dim, v.shape[-1]), "[B, H, K, V]")
+        checks.check_floating("initial_state", initial_state)
+    checks.check_segment_ids(segment_ids, batch, length)
+    return heads
