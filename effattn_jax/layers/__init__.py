@@ -1,0 +1,30 @@
+"""Flax NNX layers. A mixer keeps one contract: `layer(x, state=None, *, segment_ids=None, positions=None)` returns
+`(y, new_state)`, and `layer.init_state(batch_size, max_length)` the state before the first token.
+
+State goes in and comes out: without a state the layer sees a whole sequence (training) and returns None for it; with
+one it continues from what the state has seen, be it many tokens (prefill) or one (decoding). A forward pass changes
+nothing in the module.
+"""
+
+from effattn_jax.layers.attention import Attention
+from effattn_jax.layers.mamba2 import Mamba2, Mamba2State
+from effattn_jax.layers.projection import Projection
+from effattn_jax.layers.rms_norm import RMSNorm
+from effattn_jax.layers.rope import rope
+from effattn_jax.layers.short_convolution import ShortConvolution
+from effattn_jax.layers.swiglu import SwiGLU
+
+MIXERS = {"attention": Attention, "mamba2": Mamba2}
+"""The mixers a model pattern can name."""
+
+__all__ = [
+    "MIXERS",
+    "Attention",
+    "Mamba2",
+    "Mamba2State",
+    "Projection",
+    "RMSNorm",
+    "ShortConvolution",
+    "SwiGLU",
+    "rope",
+]

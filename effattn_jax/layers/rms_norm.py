@@ -1,0 +1,33 @@
+"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effattn_jax import checks
+from effattn_jax.typing import Array, Float
+
+
+class RMSNorm(nnx.Module):
+    """y = w * x / sqrt(mean(x^2) + eps), the mean over each of `groups` equal parts of the last axis; in float32."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        groups: int = 1,
+        eps: float = 1e-6,
+        axis: str = "embed",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        checks.check_head_groups("groups", groups, "dim", dim)
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=(axis,))
+        self.groups, self.eps, self.dtype = groups, eps, dtype
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        grouped *= jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
+        return (grouped.reshape(x.shape) * self.scale[...]).astype(self.dtype)

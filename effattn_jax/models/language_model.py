@@ -1,0 +1,139 @@
+"""A language model: a pattern of mixers, repeated, between an embedding and a head."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effattn_jax import checks
+from effattn_jax.layers import Projection, RMSNorm
+from effattn_jax.models.activations import shard_batch
+from effattn_jax.models.block import Block
+from effattn_jax.typing import Array, Float, Hidden, Logits, Positions, SegmentIds, Tokens
+
+
+class Unit(nnx.Module):
+    """One repetition of the pattern: blocks one after the other."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, x: Hidden, states: Any, remat: bool, **where: Any) -> tuple[Hidden, Any]:
+        new_states = []
+        for block, state in zip(self.blocks, states, strict=True):
+            call = lambda block, x, state: block(x, state, **where)  # noqa: E731
+            x, state = (jax.checkpoint(call) if remat else call)(block, shard_batch(x), state)
+            new_states.append(state)
+        return x, tuple(new_states)
+
+
+class LanguageModel(nnx.Module):
+    """`logits, state = model(tokens, state=None, segment_ids=None, positions=None)`: the contract of a layer.
+
+    The pattern is a sequence of names. A name stands for the options under it in `mixers`, whose `kind` is a mixer of
+    `effattn_jax.layers.MIXERS` (the name itself where it is left out). The pattern repeats `repeats` times, its
+    parameters stacked along a leading axis: one `lax.scan` runs them, so compile time does not grow with depth.
+
+        LanguageModel(vocab_size=258, dim=256, mlp_dim=704, pattern=("mamba2", "mamba2", "local"), repeats=2,
+                      mixers={"mamba2": {"state_dim": 64}, "local": {"kind": "attention", "heads": 4, "window": 128}},
+                      rngs=nnx.Rngs(0))
+
+    Args:
+      vocab_size: rows of the embedding.
+      dim: size D of the residual stream.
+      mlp_dim: hidden size of the feed-forward layers; 0 for none.
+      tie_embeddings: the head is the transposed embedding.
+      remat: recompute each block in the backward pass instead of keeping what is inside.
+      dtype: of computation; parameters are float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        mlp_dim: int,
+        pattern: Sequence[str],
+        repeats: int,
+        mixers: Mapping[str, Mapping[str, Any]],
+        tie_embeddings: bool = True,
+        norm_eps: float = 1e-6,
+        remat: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if not pattern or repeats < 1:
+            checks.fail("pattern", f"{tuple(pattern)!r} x {repeats}", "at least one mixer, repeated at least once")
+        for name in pattern:
+            if name not in mixers:
+                checks.fail("pattern", repr(name), f"a name under mixers: {', '.join(mixers)}")
+        self.vocab_size, self.repeats, self.remat, self.dtype = vocab_size, repeats, remat, dtype
+        options = [dict(mixers[name]) for name in pattern]
+        kinds = [given.pop("kind", name) for name, given in zip(pattern, options, strict=True)]
+
+        @nnx.split_rngs(splits=repeats)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Unit:
+            return Unit(
+                [
+                    Block(dim, kind, given, mlp_dim=mlp_dim, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
+                    for kind, given in zip(kinds, options, strict=True)
+                ]
+            )
+
+        embedding = nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, dim), jnp.float32)
+        self.embedding = nnx.Param(embedding, axes=("vocab", "embed"))
+        self.units = stack(rngs)
+        self.final_norm = RMSNorm(dim, eps=norm_eps, dtype=dtype)
+        self.head = None if tie_embeddings else Projection(dim, vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
+
+    def init_state(self, batch_size: int, max_length: int) -> Any:
+        """The state of every block, stacked over repetitions like the parameters."""
+        states = tuple(block.init_state(batch_size, max_length) for block in self.units.blocks)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.repeats, *x.shape)), states)
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        state: Any = None,
+        *,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> tuple[Hidden, Any]:
+        """The residual stream after the last norm: what the head reads."""
+        x = shard_batch(jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype))
+        graph, parameters = nnx.split(self.units)
+        if state is None:
+            state = (None,) * len(self.units.blocks)
+
+        def repetition(x: Hidden, layer: tuple[Any, Any]) -> tuple[Hidden, Any]:
+            parameters, states = layer
+            unit = nnx.merge(graph, parameters)
+            return unit(x, states, self.remat, segment_ids=segment_ids, positions=positions)
+
+        x, state = jax.lax.scan(repetition, x, (parameters, state))
+        if all(part is None for part in state):
+            state = None
+        return self.final_norm(x), state
+
+    def head_weights(self) -> Float[Array, "vocab D"]:
+        """The rows whose products with the hidden state are the logits, in the dtype of computation."""
+        weights = self.embedding[...] if self.head is None else self.head.kernel[...].T
+        return weights.astype(self.dtype)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        state: Any = None,
+        *,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> tuple[Logits, Any]:
+        hidden, state = self.hidden(tokens, state, segment_ids=segment_ids, positions=positions)
+        return self.logits(hidden), state
+
+    def logits(self, hidden: Hidden) -> Logits:
+        """Scores over the vocabulary in float32."""
+        return jnp.einsum("btd,vd->btv", hidden, self.head_weights(), preferred_element_type=jnp.float32)

@@ -1,0 +1,70 @@
+"""How large a model is: parameters, what it remembers per sequence, and the arithmetic of a training token."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from effattn_jax.models.language_model import LanguageModel
+from effattn_jax.sparse import KVCache
+
+
+class Sizes(NamedTuple):
+    parameters: int
+    embedding_parameters: int
+    state_bytes: int  # fixed-size memories, per sequence
+    cache_bytes: int  # keys and values, per sequence of `max_length` tokens
+    max_length: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} parameters ({self.embedding_parameters:,} in embeddings); per sequence: "
+            f"{format_bytes(self.state_bytes)} of recurrent state, {format_bytes(self.cache_bytes)} of keys and values "
+            f"at {self.max_length:,} tokens"
+        )
+
+
+def sizes(model: LanguageModel, max_length: int) -> Sizes:
+    """Counted from the shapes of the parameters and of the state of one sequence; nothing is allocated."""
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
+    nbytes = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    state = jax.eval_shape(lambda: model.init_state(1, max_length))
+    caches = [part for part in state if isinstance(part, KVCache)]
+    embeddings = math.prod(model.embedding.shape) * (1 if model.head is None else 2)
+    return Sizes(
+        parameters=count(nnx.state(model, nnx.Param)),
+        embedding_parameters=embeddings,
+        state_bytes=nbytes(state) - nbytes(caches),
+        cache_bytes=nbytes(caches),
+        max_length=max_length,
+    )
+
+
+def training_flops_per_token(model: LanguageModel, length: int) -> float:
+    """Forward and backward (twice the forward), counted as products: 2 per weight of every matrix, and the mixing.
+
+    Recomputation (remat) is not counted, so that utilisation compares models by useful work.
+    """
+    parameters = nnx.to_pure_dict(nnx.state(model.units, nnx.Param))
+    matrices = sum(
+        math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]
+        if getattr(path[-1], "key", None) == "kernel"
+    )
+    matrices += math.prod(model.embedding.shape)  # the head, tied or not
+    mixing = model.repeats * sum(block.mixer.mixing_flops(length) for block in model.units.blocks)
+    return 3 * (2 * matrices + mixing)
+
+
+def format_bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+def describe(model: LanguageModel, max_length: int) -> dict[str, Any]:
+    """The sizes as a dictionary, for a run's records."""
+    return sizes(model, max_length)._asdict()
