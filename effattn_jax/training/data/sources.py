@@ -1,6 +1,7 @@
 """Documents by name: the standard library, a folder of text files, or any TFDS text dataset."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -39,6 +40,7 @@ def open_source(
     """
     if name.startswith(FOLDER):
         return FolderDocuments(Path(name.removeprefix(FOLDER)).expanduser(), split, suffix)
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     return TfdsDocuments(name, split, data_dir, text_key or "text")
 
 

@@ -115,3 +115,9 @@ def test_a_dataset_in_another_format_is_an_error(tmp_path, capsys):
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(FileNotFoundError, match=r"^tiny_text: is prepared in a format without random access"):
         open_source("tiny_text", "train", str(tmp_path))
+
+
+def test_the_data_dir_may_lie_in_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_source("tiny_text", "train", "~/datasets")) == 100
+    assert (tmp_path / "datasets" / "tiny_text" / "1.0.0" / "dataset_info.json").exists()
