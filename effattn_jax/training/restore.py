@@ -5,6 +5,7 @@ each part can be read alone. Only damage to its files disqualifies a checkpoint:
 model, the devices or their memory is an error, never a reason to resume from an older one.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,14 +30,27 @@ class MismatchError(CheckpointError):
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's progress log off the terminal; what fails still raises."""
+    """Keeps Orbax's log off the terminal, and the echoes of a failed write; what fails still raises."""
     logger = absl_logging.get_absl_logger()
     if _not_from_orbax not in logger.filters:
         logger.addFilter(_not_from_orbax)
+    if not isinstance(sys.unraisablehook, _DropLateWrites):
+        sys.unraisablehook = _DropLateWrites(sys.unraisablehook)
 
 
 def _not_from_orbax(record: Any) -> bool:
     return "/orbax/checkpoint/" not in record.pathname
+
+
+class _DropLateWrites:
+    """After one write has failed, others that end later find Orbax's event loop closed: a traceback for each."""
+
+    def __init__(self, former: Callable[[Any], Any]) -> None:
+        self._former = former
+
+    def __call__(self, event: Any) -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+            self._former(event)
 
 
 def finished_steps(directory: epath.Path) -> list[int]:

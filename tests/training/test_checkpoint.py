@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import pytest
 from flax import nnx
 
 from effattn_jax.training.checkpoint import Checkpoints, SaveError
-from effattn_jax.training.restore import CheckpointError, MismatchError, restore_params
+from effattn_jax.training.restore import CheckpointError, MismatchError, quiet_orbax, restore_params
 
 ROOT = Path(__file__).parents[2]
 
@@ -318,6 +319,19 @@ def test_a_disk_that_fails_ends_in_one_line_with_the_last_good_step(tmp_path, ca
     lines = []
     assert restore(tmp_path, lines)[0] == 1
     assert lines == ["checkpoint of step 2 is unfinished: the run ended while it was written; resuming from step 1"]
+
+
+def test_only_the_echoes_of_a_failed_write_are_dropped(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    for _ in range(2):
+        quiet_orbax()
+    events = [
+        SimpleNamespace(exc_value=error) for error in (RuntimeError("Event loop is closed"), RuntimeError("other"))
+    ]
+    for event in events:
+        sys.unraisablehook(event)
+    assert seen == events[1:]
 
 
 def run_script(script, *arguments, devices=1):
