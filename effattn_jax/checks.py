@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
+class ArgumentError(ValueError):
+    """An argument or a field of a config that does not fit; the message is one line."""
+
+
 def fail(argument: str, got: object, needs: str) -> NoReturn:
-    raise ValueError(f"{argument}: got {got}; needs {needs}")
+    raise ArgumentError(f"{argument}: got {got}; needs {needs}")
 
 
 def check_shape(argument: str, array: Any, shape: Sequence[int | None], names: str) -> None:

@@ -6,12 +6,9 @@ sequence takes the first of its own that supports the call. There is no registry
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import jax
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 Implementation = str | Sequence[str] | None
 
@@ -24,7 +21,7 @@ def platform() -> str:
     return device if isinstance(device, str) else device.platform
 
 
-def dispatch(
+def dispatch[**P, R](
     mechanism: str,
     implementations: Mapping[str, Callable[P, R]],
     implementation: Implementation,
@@ -71,7 +68,7 @@ def _names(
     return names
 
 
-def _call(mechanism: str, name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def _call[**P, R](mechanism: str, name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     try:
         return function(*args, **kwargs)
     except NotImplementedError as refusal:

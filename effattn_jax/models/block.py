@@ -31,7 +31,7 @@ class Block(nnx.Module):
         try:
             self.mixer = MIXERS[mixer](dim, **options, dtype=dtype, rngs=rngs)
         except TypeError as error:  # an option the mixer does not have
-            raise ValueError(f"mixer {mixer!r}: {error}") from error
+            raise checks.ArgumentError(f"mixer {mixer!r}: {error}") from error
         self.mlp_norm = RMSNorm(dim, eps=norm_eps, dtype=dtype) if mlp_dim else None
         self.mlp = SwiGLU(dim, mlp_dim, dtype=dtype, rngs=rngs) if mlp_dim else None
 

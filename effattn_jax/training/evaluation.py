@@ -1,6 +1,7 @@
 """Held-out loss: bits per byte, and how it falls with the position in a document."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ class Evaluation(NamedTuple):
         length = len(self.nats_by_position)
         edges = [0] + [length >> shift for shift in range(buckets - 1, -1, -1)]
         ranges = []
-        for first, end in zip(edges[:-1], edges[1:], strict=True):
+        for first, end in itertools.pairwise(edges):
             tokens = self.tokens_by_position[first:end].sum()
             if tokens:
                 ranges.append((first, end - 1, float(self.nats_by_position[first:end].sum() / tokens)))

@@ -1,0 +1,49 @@
+# Two commands are all: `make quickstart` and `make test`. The rest is for those who work on the code.
+
+# The first Python that is new enough; `make PYTHON=/path/to/python3.12` names another.
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+# What to install beside the library: dev, and cuda or tpu on machines that have them (`make setup EXTRAS=dev,cuda`).
+EXTRAS ?= dev
+RUN := .venv/bin/python
+CONFIG ?= configs/quickstart.py
+PYTEST_ARGS ?= -n 2
+
+.PHONY: help setup quickstart test lint format bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.installed  ## make .venv with everything in it
+
+.venv/.installed: pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "Python 3.12 or newer is needed; python3 here is: $$(python3 --version 2>&1). Set PYTHON=/path/to/python3.12"; \
+		exit 1; fi
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 12) and \
+		"Python 3.12 or newer is needed; $(PYTHON) is %d.%d. Set PYTHON=/path/to/python3.12" % v[:2] or 0)'
+	@echo "setting up .venv (once; a minute or two)"
+	@$(PYTHON) -m venv .venv
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+quickstart: setup  ## train a small hybrid on the Python library's source, on CPU, in minutes
+	@$(RUN) -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: setup  ## run the test suite
+	@$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: setup  ## let ruff rewrite what it can
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: setup  ## time the mechanisms on this machine, each checked against its oracle
+	@$(RUN) -m experiments.benchmark
+
+clean:  ## remove .venv, runs and caches
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,22 @@
+"""What a device could do at best: the denominator of model FLOPs utilisation."""
+
+from typing import Any
+
+PEAK_BF16_FLOPS = {  # dense, per device, from the vendors' data sheets; matched by the start of `device_kind`
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """bfloat16 FLOP/s of a device; None where it is not known (CPUs)."""
+    return next((peak for kind, peak in PEAK_BF16_FLOPS.items() if device.device_kind.startswith(kind)), None)

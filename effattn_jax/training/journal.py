@@ -1,0 +1,80 @@
+"""What a run says of its steps: metrics on disk, the progress line, and the alarm when a loss is not finite."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import optax
+
+from effattn_jax.training.evaluation import Evaluation
+from effattn_jax.training.metrics import MetricWriter
+from effattn_jax.training.progress import TrainProgress
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+class Workload(NamedTuple):
+    """What a step amounts to."""
+
+    tokens: int
+    flops: float
+    peak_flops: float | None  # of all devices together; None where it is not known
+
+
+class Journal:
+    """Records steps one after the other. Time spent inside `paused` does not count as training."""
+
+    def __init__(
+        self,
+        metrics: MetricWriter,
+        progress: TrainProgress,
+        schedule: optax.Schedule,
+        workload: Workload,
+        log_every: int,
+    ) -> None:
+        self._metrics, self._progress, self._schedule = metrics, progress, schedule
+        self._workload, self._log_every = workload, log_every
+        self._since, self._steps, self._speed = time.perf_counter(), 0, 0.0
+
+    def step(self, step: int, values: Mapping[str, Any], last_good: Callable[[], int | None]) -> None:
+        """Wait for the values of a step, check and record them.
+
+        Raises:
+          NonFiniteLoss: with the step and the newest checkpoint, from `last_good()`.
+        """
+        loss, norm = float(values["loss"]), float(values["gradient_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            good = (
+                "there is no checkpoint yet" if last_good is None else f"the last good checkpoint is step {last_good}"
+            )
+            raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {step}: training stops; {good}")
+        self._steps += 1
+        elapsed = time.perf_counter() - self._since
+        speed = self._steps * self._workload.tokens / elapsed
+        mfu = None
+        if self._workload.peak_flops is not None:
+            mfu = self._steps * self._workload.flops / elapsed / self._workload.peak_flops
+        self._progress.update(step, loss, speed, mfu)
+        if step % self._log_every == 0:
+            line = {
+                "loss": loss,
+                "loss_bits": loss / math.log(2),
+                "gradient_norm": norm,
+                "learning_rate": float(self._schedule(step - 1)),
+                "tokens_per_second": speed,
+            }
+            self._metrics.write(step, "train", line if mfu is None else line | {"mfu": mfu})
+            self._since, self._steps = time.perf_counter(), 0
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self._metrics.write(step, "validation", {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began

@@ -1,0 +1,120 @@
+"""The command line that every experiment shares: a config file, overrides of its fields, one line for what is wrong."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs.common import base
+from effattn_jax.checks import ArgumentError
+from effattn_jax.training.journal import NonFiniteLoss
+from effattn_jax.training.restore import CheckpointError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "the config file; --config.<field>=<value> overrides a field")
+WORKDIR = flags.DEFINE_string("workdir", None, "where the run's files are; default: runs/<name of the config file>")
+
+EXPECTED = (ArgumentError, FileNotFoundError, CheckpointError, NonFiniteLoss)
+"""Errors of the user's world rather than of the program: their message says all."""
+
+
+def run(main: Callable[[ConfigDict, str], None], description: str | None, argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and call `main(config, workdir)`; `--help` shows the description and every field."""
+    argv = list(sys.argv if argv is None else argv)
+    if any(argument in ("--help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
+        print(_help(description, argv))
+        return
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except flags.Error as error:
+        _stop(str(error), 2)
+    except FileNotFoundError as error:
+        _stop(f"--config: no such file: {_config_path(argv)} ({error.strerror or 'not found'})", 2)
+    except (AttributeError, KeyError) as error:
+        _stop(_unknown_field(argv) or f"--config: {error}", 2)
+    if rest:
+        _stop(f"got the argument {rest[0]!r}; everything is a flag: --config.<field>=<value>", 2)
+    if CONFIG.value is None:
+        _stop("--config is needed, for example --config=configs/quickstart.py (--help shows all flags)", 2)
+    name = os.path.splitext(os.path.basename(_config_path(argv)))[0]
+    try:
+        main(CONFIG.value, os.path.abspath(WORKDIR.value or os.path.join("runs", name)))
+    except EXPECTED as error:
+        _stop(str(error), 1)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """The file given as --config=file or --config file."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == "config":
+            return (value if equals else following).partition(":")[0]
+    return ""
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Every field by its full name."""
+    fields: dict[str, object] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            fields |= _fields(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def _load(argv: Sequence[str]) -> ConfigDict:
+    path = _config_path(argv)
+    if not path:
+        return base()
+    return config_flags.ConfigFileFlagParser("config").parse(path)
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """A line on the first override that names no field, with the fields that look like it."""
+    known = list(_fields(_load(argv)))
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        field = name.removeprefix("config.")
+        if field == name or field in known:
+            continue
+        last = {full.rpartition(".")[2]: full for full in known}
+        near = difflib.get_close_matches(field, known, n=3, cutoff=0.6)
+        near += [last[word] for word in difflib.get_close_matches(field.rpartition(".")[2], list(last), n=3)]
+        which = f"near ones: {', '.join(dict.fromkeys(near))}" if near else "--help lists the fields"
+        return f"--config.{field}: no such field; {which}"
+    return None
+
+
+def _help(description: str | None, argv: Sequence[str]) -> str:
+    path = _config_path(argv)
+    lines = [
+        (description or "").strip(),
+        "",
+        "flags:",
+        "  --config=<file>            a file of configs/",
+        "  --config.<field>=<value>   overrides a field",
+        "  --workdir=<directory>      where the run's files are; default: runs/<name of the config file>",
+    ]
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if name not in ("config", "workdir") and flag in flags.FLAGS.get_flags_for_module(sys.modules["__main__"]):
+            lines.append(f"  --{name}=<{flag.flag_type()}>  {flag.help} (default: {flag.default})")
+    meaning = (base.__doc__ or "").strip("\n")
+    lines += [
+        "",
+        "what the fields mean:",
+        meaning.rstrip(),
+        "",
+        f"fields of {path or 'every config'} and their values:",
+    ]
+    lines += [f"    {name} = {value!r}" for name, value in sorted(_fields(_load(argv)).items())]
+    return "\n".join(lines)
