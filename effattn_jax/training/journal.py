@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ class Workload(NamedTuple):
 
 
 class Journal:
-    """Records steps one after the other. Time spent inside `paused` does not count as training."""
+    """Records steps one after the other; speed is that of the last few. Time in `paused` does not count as training."""
 
     def __init__(
         self,
@@ -38,7 +39,8 @@ class Journal:
     ) -> None:
         self._metrics, self._progress, self._schedule = metrics, progress, schedule
         self._workload, self._log_every = workload, log_every
-        self._since, self._steps, self._speed = time.perf_counter(), 0, 0.0
+        self._paused = 0.0
+        self._ends = deque([time.perf_counter()], maxlen=21)  # of the last steps, pauses taken out
 
     def step(self, step: int, values: Mapping[str, Any], last_good: Callable[[], int | None]) -> None:
         """Wait for the values of a step, check and record them.
@@ -52,12 +54,11 @@ class Journal:
                 "there is no checkpoint yet" if last_good is None else f"the last good checkpoint is step {last_good}"
             )
             raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {step}: training stops; {good}")
-        self._steps += 1
-        elapsed = time.perf_counter() - self._since
-        speed = self._steps * self._workload.tokens / elapsed
-        mfu = None
-        if self._workload.peak_flops is not None:
-            mfu = self._steps * self._workload.flops / elapsed / self._workload.peak_flops
+        self._ends.append(time.perf_counter() - self._paused)
+        steps_per_second = (len(self._ends) - 1) / (self._ends[-1] - self._ends[0])
+        speed = steps_per_second * self._workload.tokens
+        peak = self._workload.peak_flops
+        mfu = None if peak is None else steps_per_second * self._workload.flops / peak
         self._progress.update(step, loss, speed, mfu)
         if step % self._log_every == 0:
             line = {
@@ -68,7 +69,6 @@ class Journal:
                 "tokens_per_second": speed,
             }
             self._metrics.write(step, "train", line if mfu is None else line | {"mfu": mfu})
-            self._since, self._steps = time.perf_counter(), 0
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._metrics.write(step, "validation", {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte})
@@ -77,4 +77,4 @@ class Journal:
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._since += time.perf_counter() - began
+        self._paused += time.perf_counter() - began

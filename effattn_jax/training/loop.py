@@ -108,13 +108,13 @@ def train(config: ConfigDict, workdir: str) -> Result:
                 journal.step(*pending, checkpoints.latest_step)
                 pending = None
                 with journal.paused():
-                    if saves:
-                        checkpoints.save(step, _parts(state), stream)
-                    if evaluates:
+                    if evaluates:  # before saving: what a checkpoint stands for has then been written down
                         evaluation = evaluate(
                             evaluation_step, state.parameters, heldout, heldout.byte_count, setup.mesh
                         )
                         journal.evaluation(step, evaluation)
+                    if saves:
+                        checkpoints.save(step, _parts(state), stream)
             if not last and not stopped:
                 batch = global_batch(next(stream), setup.mesh)
         checkpoints.wait()

@@ -97,8 +97,10 @@ def heldout_batches(config: ConfigDict, tokenizer: Tokenizer, sequence_length: i
 
 def _check_rows_per_process(mesh: Mesh, batch_size: int) -> None:
     """Each process makes batch_size / processes rows: its devices must hold just as many."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    rows = sum(len(range(*index[0].indices(batch_size))) for index in {str(i): i for i in slices}.values())
+    indices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    ranges = {index[0].indices(batch_size)[:2] for index in indices.values()}
+    rows = sum(end - first for first, end in ranges)
     if rows * jax.process_count() != batch_size:
-        sizes: Any = dict(mesh.shape)
-        checks.fail("mesh", sizes, "a tensor axis inside one process: each process reads its own rows of the batch")
+        checks.fail(
+            "mesh", dict(mesh.shape), "a tensor axis inside one process: each process reads its own rows of the batch"
+        )

@@ -22,10 +22,10 @@ FORMS = ("jit", "shard_map")
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """All that a step changes; or, in the same places, shapes or shardings of it."""
 
-    step: Array  # int32, steps done
-    parameters: Parameters  # float32
+    step: Any  # int32, steps done
+    parameters: Any  # Parameters, float32
     optimizer: Any
 
 
