@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int
 
-from effattn_jax.checks import fail
+from effattn_jax.checks import ArgumentError, fail
 
 Ids = Int[np.ndarray, " n"]  # int32
 
@@ -68,7 +68,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer: {path} is no tokenizer.json ({error})") from error
+            raise ArgumentError(f"tokenizer: {path} is no tokenizer.json ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
