@@ -15,7 +15,7 @@ from effattn_jax.training.progress import TrainProgress
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the message names the step and the last good checkpoint."""
+    """Loss, gradient or parameters are not finite; the message names the step and the last good checkpoint."""
 
 
 class Workload(NamedTuple):
@@ -48,8 +48,9 @@ class Journal:
         Raises:
           NonFiniteLoss: with the step and the newest checkpoint, from `last_good()`.
         """
-        loss, norm = float(values["loss"]), float(values["gradient_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        numbers = {name: float(value) for name, value in values.items()}
+        loss = numbers["loss"]
+        if not all(map(math.isfinite, numbers.values())):
             good = (
                 "there is no checkpoint yet" if last_good is None else f"the last good checkpoint is step {last_good}"
             )
@@ -61,10 +62,8 @@ class Journal:
         mfu = None if peak is None else steps_per_second * self._workload.flops / peak
         self._progress.update(step, loss, speed, mfu)
         if step % self._log_every == 0:
-            line = {
-                "loss": loss,
+            line = numbers | {
                 "loss_bits": loss / math.log(2),
-                "gradient_norm": norm,
                 "learning_rate": float(self._schedule(step - 1)),
                 "tokens_per_second": speed,
             }

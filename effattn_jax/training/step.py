@@ -98,7 +98,11 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        metrics = {"loss": nats / tokens, "gradient_norm": optax.global_norm(gradients), "tokens": tokens}
+        metrics = {
+            "loss": nats / tokens,
+            "gradient_norm": optax.global_norm(gradients),
+            "parameter_norm": optax.global_norm(parameters),
+        }
         return TrainState(state.step + 1, parameters, moments), metrics
 
     shardings = state_shardings(blueprint, optimizer, mesh)
