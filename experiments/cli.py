@@ -1,6 +1,7 @@
 """The command line that every experiment shares: a config file, overrides of its fields, one line for what is wrong."""
 
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +22,9 @@ EXPECTED = (ArgumentError, FileNotFoundError, CheckpointError, NonFiniteLoss)
 """Errors of the user's world rather than of the program: their message says all."""
 
 
-def run(main: Callable[[ConfigDict, str], None], description: str | None, argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[[ConfigDict, str], None], description: str | None) -> None:
     """Parse the command line and call `main(config, workdir)`; `--help` shows the description and every field."""
-    argv = list(sys.argv if argv is None else argv)
+    argv = sys.argv
     if any(argument in ("--help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
         print(_help(description, argv))
         return
@@ -75,7 +76,12 @@ def _load(argv: Sequence[str]) -> ConfigDict:
     path = _config_path(argv)
     if not path:
         return base()
-    return config_flags.ConfigFileFlagParser("config").parse(path)
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        return base()
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def _unknown_field(argv: Sequence[str]) -> str | None:
