@@ -1,0 +1,147 @@
+"""Any way to cut a sequence into calls gives what one call of attention gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax.sparse import KVCache, cached_attention, init_cache
+from tests.ratio import FLOAT32, assert_close
+from tests.sparse.inputs import attend, attend_cached, documents, qkv, sink_logits
+
+LENGTH, WINDOW = 48, 8
+CHUNKS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW)
+
+
+def cache_of(capacity, arrays, dtype=jnp.float32):
+    batch, _, kv_heads, key_dim = arrays[1].shape
+    return init_cache(batch, capacity, kv_heads, key_dim, arrays[2].shape[-1], dtype)
+
+
+def in_chunks(arrays, cache, sizes, segment_ids=None, **options):
+    """Outputs of calls with `sizes` tokens, and the cache after the last."""
+    outputs, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        ids = None if segment_ids is None else segment_ids[:, part]
+        out, cache = attend_cached(*(x[:, part] for x in arrays), cache, segment_ids=ids, **options)
+        outputs.append(out)
+        start += size
+    return jnp.concatenate(outputs, axis=1), cache
+
+
+def sizes_of(chunk):
+    return [min(chunk, LENGTH - start) for start in range(0, LENGTH, chunk)]
+
+
+RING, BUFFER = (WINDOW, WINDOW), (None, LENGTH + 3)
+
+
+@pytest.mark.parametrize(
+    ("window", "capacity", "chunk"),
+    [(*kind, chunk) for kind in (RING, BUFFER) for chunk in CHUNKS] + [(WINDOW, WINDOW + 5, WINDOW + 1)],
+)
+def test_chunks_are_one_pass(window, capacity, chunk):
+    arrays, sinks = qkv(LENGTH, value_dim=12), sink_logits()
+    want = attend(*arrays, window=window, sinks=sinks, logits_soft_cap=20.0)
+    got, cache = in_chunks(
+        arrays, cache_of(capacity, arrays), sizes_of(chunk), window=window, sinks=sinks, logits_soft_cap=20.0
+    )
+    assert_close(want, got, FLOAT32)
+    assert int(cache.length) == LENGTH
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_uneven_chunks_with_documents_and_padding(window):
+    arrays, ids = qkv(LENGTH), documents(LENGTH)
+    want = attend(*arrays, window=window, segment_ids=ids)
+    sizes = (9, 1, 1, 24, 1, 9, 3)
+    got, cache = in_chunks(arrays, cache_of(LENGTH, arrays), sizes, ids, window=window)
+    assert_close(want, got, FLOAT32)
+    np.testing.assert_array_equal(cache.segment, ids.max(axis=1))
+    assert bool(jnp.all(cache.segment_ids[ids < 0] == -1))
+
+
+def test_new_tokens_continue_the_last_document():
+    arrays = qkv(12)
+    ids = jnp.array([[0] * 4 + [3] * 8, [-1] * 2 + [5] * 10])
+    _, cache = in_chunks([x[:, :7] for x in arrays], cache_of(12, arrays), [7], ids[:, :7])
+    got, _ = in_chunks([x[:, 7:] for x in arrays], cache, [1, 3, 1])
+    assert_close(attend(*arrays, segment_ids=ids)[:, 7:], got, FLOAT32)
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_left_padding_does_not_matter(window):
+    """Rows of 30 and 21 tokens, the second after 9 of padding that holds garbage."""
+    arrays = qkv(40)
+    ids = jnp.where(jnp.arange(30) >= jnp.array([[0], [9]]), 0, -1)
+    spoiled = [x.at[1, :9].set(jnp.nan) for x in arrays]
+    prompt, cache = in_chunks([x[:, :30] for x in spoiled], cache_of(40, arrays), [5, 25], ids, window=window)
+    decoded, cache = in_chunks([x[:, 30:] for x in arrays], cache, [1] * 10, window=window)
+    got = jnp.concatenate([prompt, decoded], axis=1)
+    for row, first in enumerate((0, 9)):
+        alone = [x[row : row + 1, first:] for x in arrays]
+        assert_close(attend(*alone, window=window), got[row : row + 1, first:], FLOAT32)
+    assert bool(jnp.all(got[1, :9] == 0))
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in cache[:2])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_implementations_agree(window, size):
+    arrays = qkv(20, heads=6)
+    run = lambda name: in_chunks(  # noqa: E731
+        arrays, cache_of(20, arrays), [8] + [size] * (12 // size), window=window, implementation=name, scale=0.3
+    )[0]
+    assert_close(run("dense"), run("xla"), FLOAT32)
+
+
+def test_bfloat16_cache_rounds_keys_and_values_once():
+    arrays = qkv(LENGTH)
+    rounded = [arrays[0], *(x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays[1:])]
+    got, _ = in_chunks(arrays, cache_of(WINDOW, arrays, jnp.bfloat16), (20, 1, 27), window=WINDOW)
+    assert_close(attend(*rounded, window=WINDOW), got, 0.005)
+
+
+def test_layers_are_scanned():
+    """Caches stacked along a leading axis of layers, carried by one scan per token."""
+    arrays, layers = qkv(6), 3
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * layers), cache_of(WINDOW, arrays))
+
+    def layer(x, cache):
+        out, cache = cached_attention(x, *(y[:, : x.shape[1]] for y in arrays[1:]), cache, window=4)
+        return out, cache
+
+    @jax.jit
+    def token(x, caches):
+        return jax.lax.scan(layer, x, caches)
+
+    out, caches = token(arrays[0][:, :2], stacked)
+    assert isinstance(caches, KVCache)
+    assert jax.tree.map(jnp.shape, caches) == jax.tree.map(jnp.shape, stacked)
+    want = arrays[0][:, :2]
+    for _ in range(layers):
+        want = attend(want, *(y[:, :2] for y in arrays[1:]), window=4)
+    assert_close(want, out, FLOAT32)
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_gradients_flow_through_a_chunk(window):
+    """Backpropagation through the second chunk into the keys that the first one stored."""
+    arrays = qkv(30)
+
+    def cached(arrays):
+        out = in_chunks(arrays, cache_of(30, arrays), (12, 18), window=window)[0]
+        return jnp.sum(out**2)
+
+    want = jax.jit(jax.grad(lambda arrays: jnp.sum(attend(*arrays, window=window) ** 2)))(list(arrays))
+    assert_close(want, jax.jit(jax.grad(cached))(list(arrays)), FLOAT32)
+
+
+def test_cost_follows_the_filled_length():
+    """Slots after the last query are not touched: not a number there would reach every row."""
+    arrays = qkv(20)
+    cache = cache_of(1024, arrays)
+    cache = cache._replace(k=cache.k.at[:, 512:].set(jnp.nan), v=cache.v.at[:, 512:].set(jnp.nan))
+    got, _ = in_chunks(arrays, cache, (8, 12))
+    assert_close(attend(*arrays), got, FLOAT32)
