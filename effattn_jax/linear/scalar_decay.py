@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
 from effattn_jax.linear.chunks import from_chunks, to_chunks
-from effattn_jax.linear.decay import decay_sum, decay_to_end, pairwise_decay
+from effattn_jax.linear.decay import constant_decay_sum, decay_sum, pairwise_decay
 from effattn_jax.linear.precision import accumulation_dtype, contract, zeros_varying
 from effattn_jax.linear.segments import chunk_masks
 from effattn_jax.typing import Array, Float, HeadDecay, Keys, MatrixState, Queries, SegmentIds, Values
@@ -186,9 +186,9 @@ def chunkwise(
         gates = jnp.where(segment_ids[..., None] >= 0, gates, 0)
     elif log_decay.ndim == 1 and length % chunk == 0:
         gates = gates[:, :chunk]  # all chunks are alike: one D serves them
-    q, k, v, gates = (to_chunks(x, chunk) for x in (q, k, v, gates))
-    v = v.reshape(*v.shape[:3], *heads, v.shape[-1])
-    g = decay_sum(jnp.moveaxis(gates.reshape(*gates.shape[:3], *heads), 2, -1))  # [B or 1, N or 1, G, R, C]
+    q, k, v, gates = (jnp.moveaxis(to_chunks(x, chunk), 2, 3) for x in (q, k, v, gates))  # [B, N, heads, C, ...]
+    v = v.reshape(*v.shape[:2], *heads, chunk, v.shape[-1])
+    g = decay_sum(gates.reshape(*gates.shape[:2], *heads, chunk))  # [B or 1, N or 1, G, R, C]
 
     mask = jnp.tril(jnp.ones((chunk, chunk), bool))
     to_end, from_start, keep = decay_to_end(g), jnp.exp(g.total), jnp.exp(g.total[..., -1])
@@ -199,13 +199,13 @@ def chunkwise(
         from_start = from_start * masks.into[:, :, None, None]
         keep = keep * masks.keep[:, :, None, None]
 
-    scores = contract("bnigk,bnjgk->bngij", q, k)[:, :, :, None] * pairwise_decay(g, mask)
-    inside = contract("bngrij,bnjgrv->bnigrv", scores.astype(v.dtype), v)
-    written = contract("bncgk,bncgrv->bngrkv", k, (v * jnp.moveaxis(to_end, -1, 2)[..., None]).astype(v.dtype))
+    scores = contract("bngik,bngjk->bngij", q, k)[:, :, :, None] * pairwise_decay(g, mask)
+    inside = contract("bngrij,bngrjv->bngriv", scores.astype(v.dtype), v)
+    written = contract("bngck,bngrcv->bngrkv", k, (v * to_end[..., None]).astype(v.dtype))
     entering, state = _states(keep, written, initial_state.reshape(batch, *written.shape[2:]))
-    read = contract("bncgk,bngrkv->bncgrv", q, entering.astype(q.dtype))
-    out = from_chunks(inside + read * jnp.moveaxis(from_start, -1, 2)[..., None], length)
-    return out.reshape(batch, length, initial_state.shape[1], v.shape[-1]), state.reshape(initial_state.shape)
+    read = contract("bngck,bngrkv->bngrcv", q, entering.astype(q.dtype)) * from_start[..., None]
+    out = (inside + read).reshape(*v.shape[:2], initial_state.shape[1], chunk, v.shape[-1])
+    return from_chunks(jnp.moveaxis(out, 3, 2), length), state.reshape(initial_state.shape)
 
 
 def _states(keep: Array, written: Array, state: Array) -> tuple[Array, Array]:
