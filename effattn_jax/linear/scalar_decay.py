@@ -147,8 +147,11 @@ def _scan_checkpointed(step, carry, tokens):  # type: ignore[no-untyped-def]
     tail = jax.tree.map(lambda x: x[whole:], tokens)
     scan = jax.checkpoint(lambda carry, block: jax.lax.scan(step, carry, block))
     carry, out = jax.lax.scan(scan, carry, head)
+    out = out.reshape(whole, *out.shape[2:])
+    if whole == length:
+        return carry, out
     carry, out_tail = scan(carry, tail)
-    return carry, jnp.concatenate([out.reshape(whole, *out.shape[2:]), out_tail])
+    return carry, jnp.concatenate([out, out_tail])
 
 
 def parallel(
@@ -181,17 +184,20 @@ def chunkwise(
     """
     batch, length, groups, _ = q.shape
     heads = (groups, v.shape[2] // groups)  # R heads of v share the keys of each of G groups
-    gates = log_decay if log_decay.ndim == 3 else jnp.broadcast_to(log_decay, (1, length, log_decay.shape[0]))
-    if segment_ids is not None:
-        gates = jnp.where(segment_ids[..., None] >= 0, gates, 0)
-    elif log_decay.ndim == 1 and length % chunk == 0:
-        gates = gates[:, :chunk]  # all chunks are alike: one D serves them
-    q, k, v, gates = (jnp.moveaxis(to_chunks(x, chunk), 2, 3) for x in (q, k, v, gates))  # [B, N, heads, C, ...]
+    if log_decay.ndim == 1:
+        # chunks without padding are alike: one D serves them
+        whole = jnp.ones((1, chunk if length % chunk == 0 else length), bool)
+        real = to_chunks(whole if segment_ids is None else segment_ids >= 0, chunk)
+        g = constant_decay_sum(log_decay.reshape(*heads, 1), real[:, :, None, None])  # [B or 1, N or 1, G, R, C]
+    else:
+        gates = log_decay if segment_ids is None else jnp.where(segment_ids[..., None] >= 0, log_decay, 0)
+        gates = jnp.moveaxis(to_chunks(gates, chunk), 2, 3)
+        g = decay_sum(gates.reshape(*gates.shape[:2], *heads, chunk))  # [B, N, G, R, C]
+    q, k, v = (jnp.moveaxis(to_chunks(x, chunk), 2, 3) for x in (q, k, v))  # [B, N, heads, C, ...]
     v = v.reshape(*v.shape[:2], *heads, chunk, v.shape[-1])
-    g = decay_sum(gates.reshape(*gates.shape[:2], *heads, chunk))  # [B or 1, N or 1, G, R, C]
 
     mask = jnp.tril(jnp.ones((chunk, chunk), bool))
-    to_end, from_start, keep = decay_to_end(g), jnp.exp(g.total), jnp.exp(g.total[..., -1])
+    to_end, from_start, keep = jnp.exp(g.to_end), jnp.exp(g.total), jnp.exp(g.total[..., -1])
     if segment_ids is not None:
         masks = chunk_masks(to_chunks(segment_ids, chunk, fill=-1))
         mask = mask & masks.inside[:, :, None, None]
