@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.ratio import BFLOAT16_GRAD, BFLOAT16_OUT, FLOAT32, assert_close
@@ -10,19 +11,22 @@ from tests.sparse.inputs import attend, documents, qkv, sink_logits, value_and_g
 CASES = {
     "one token": {"length": 1},
     "one query over many keys": {"length": 1, "keys": 200, "window": 64},
-    "shorter than a block": {"length": 15, "window": 2},
+    "shorter than a block": {"length": 15, "window": 2, "causal": False},
     "block less one": {"length": 63, "window": 7, "sinks": True},
-    "block": {"length": 64, "window": 1},
     "block and one": {"length": 65, "sinks": True, "logits_soft_cap": 2.0},
     "odd": {"length": 100, "window": 64, "value_dim": 24, "heads": 6, "kv_heads": 2},
-    "multi-query": {"length": 200, "heads": 4, "kv_heads": 1, "value_dim": 5, "sinks": True},
+    "multi-query, window above the length": {
+        "length": 200,
+        "window": 1000,
+        "heads": 4,
+        "kv_heads": 1,
+        "value_dim": 5,
+        "sinks": True,
+    },
     "four blocks": {"length": 500, "sinks": True},
     "four blocks of a window": {"length": 500, "window": 64, "sinks": True, "logits_soft_cap": 5.0},
-    "window above the length": {"length": 200, "window": 1000, "sinks": True},
-    "chunk after a past": {"length": 65, "keys": 500, "window": 100},
-    "chunk after a past, all of it": {"length": 100, "keys": 333, "scale": 0.7},
-    "both sides": {"length": 200, "causal": False},
-    "both sides of a window": {"length": 200, "keys": 215, "causal": False, "window": 7, "sinks": True},
+    "chunk after a past": {"length": 100, "keys": 333, "scale": 0.7},
+    "both sides of a window": {"length": 200, "keys": 215, "causal": False, "window": 64, "sinks": True},
     "documents": {"length": 500, "segments": True, "sinks": True},
     "documents of a window": {"length": 200, "segments": True, "window": 64, "logits_soft_cap": 5.0},
     "documents, both sides": {"length": 100, "segments": True, "causal": False, "heads": 2},
@@ -49,7 +53,7 @@ def test_online_softmax_is_softmax(case):
     )
 
 
-@pytest.mark.parametrize("name", ["four blocks", "documents of a window", "chunk after a past"])
+@pytest.mark.parametrize("name", ["four blocks", "documents and a past"])
 def test_float64(name):
     with jax.enable_x64(True):
         arrays, options = arguments(CASES[name], jnp.float64)
@@ -58,7 +62,7 @@ def test_float64(name):
         assert_close(want, got, 1e-13)
 
 
-@pytest.mark.parametrize("name", ["four blocks", "documents of a window", "odd"])
+@pytest.mark.parametrize("name", ["four blocks", "documents of a window"])
 def test_bfloat16(name):
     arrays, options = arguments(CASES[name], jnp.bfloat16)
     exact = value_and_gradients("dense", *(x.astype(jnp.float32) for x in arrays), **options)
@@ -72,12 +76,12 @@ def test_bfloat16(name):
 def test_heads_share_keys_in_order():
     q, k, v = qkv(40, heads=6, kv_heads=2)
     shared = attend(q, k, v, implementation="xla")
-    repeated = attend(q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), implementation="xla")
+    repeated = attend(q, np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2), implementation="xla")
     assert_close(repeated, shared, 1e-6)
 
 
 def test_packed_rows_are_separate_rows():
-    ids = jnp.repeat(jnp.arange(3), jnp.array([70, 1, 130]))[None]
+    ids = np.repeat(np.arange(3), [70, 1, 130])[None]
     arrays = qkv(201, batch=1)
     packed = attend(*arrays, window=50, sinks=sink_logits(), segment_ids=ids)
     for part in (slice(0, 70), slice(70, 71), slice(71, 201)):

@@ -1,5 +1,7 @@
 """vmap, jit, checkpoint and shard_map leave values and gradients as they are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,7 +12,8 @@ from tests.ratio import FLOAT32, assert_close
 from tests.sparse.inputs import documents, qkv, sink_logits
 
 LENGTH = 300
-pytestmark = pytest.mark.parametrize("implementation", ["xla", "dense"])
+EACH = [("xla", None), ("xla", 50), ("dense", 50)]
+pytestmark = pytest.mark.parametrize(("implementation", "window"), EACH)
 
 
 def arguments():
@@ -28,24 +31,27 @@ def loss(implementation, window=None):
     return function
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@functools.cache
+def compiled(implementation, window):
+    return jax.jit(jax.value_and_grad(loss(implementation, window)))
+
+
 def test_vmap(implementation, window):
     arrays, ids = arguments()
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
-    run = jax.jit(jax.value_and_grad(loss(implementation, window)))
+    run = compiled(implementation, window)
     got = jax.jit(jax.vmap(run, (0, None)))(stacked, ids)
     for index in range(2):
         want = run(jax.tree.map(lambda x, index=index: x[index], stacked), ids)
         assert_close(want, jax.tree.map(lambda x, index=index: x[index], got), FLOAT32)
 
 
-def test_checkpoint(implementation):
+def test_checkpoint(implementation, window):
     arrays, ids = arguments()
-    want = jax.jit(jax.value_and_grad(loss(implementation)))(arrays, ids)
-    assert_close(want, jax.jit(jax.value_and_grad(jax.checkpoint(loss(implementation))))(arrays, ids), FLOAT32)
+    want = compiled(implementation, window)(arrays, ids)
+    assert_close(want, jax.jit(jax.value_and_grad(jax.checkpoint(loss(implementation, window))))(arrays, ids), FLOAT32)
 
 
-@pytest.mark.parametrize("window", [None, 50])
 def test_shard_map(implementation, window):
     """A mesh of one device types values by axis all the same: sinks are the same on all, queries are not."""
     arrays, ids = arguments()
@@ -54,5 +60,5 @@ def test_shard_map(implementation, window):
     specs = (rows, rows, rows, everywhere)
     local = lambda arrays, ids: jax.lax.psum(loss(implementation, window)(arrays, ids), "data")  # noqa: E731
     sharded = jax.shard_map(jax.value_and_grad(local), mesh=mesh, in_specs=(specs, rows), out_specs=(everywhere, specs))
-    want = jax.jit(jax.value_and_grad(loss(implementation, window)))(arrays, ids)
+    want = compiled(implementation, window)(arrays, ids)
     assert_close(want, jax.jit(sharded)(arrays, ids), FLOAT32)
