@@ -1,0 +1,380 @@
+"""The contract of a mechanism, checked for every engine and every form."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.linear import oracle
+from tests.linear.engines import every_engine, every_engine_dear, every_form, every_other_form
+from tests.linear.packings import PACKINGS, row
+from tests.linear.suite import (
+    STRENGTHS,
+    Result,
+    Sizes,
+    apply,
+    arguments_of,
+    assert_results_close,
+    astype,
+    cast,
+    draw_problem,
+    forward,
+    jit,
+    loss,
+    result,
+    run,
+)
+from tests.ratio import BFLOAT16_GATE, BFLOAT16_GRAD, BFLOAT16_OUT, FLOAT32, assert_close, error_ratio
+
+MAIN = Sizes()
+CASES = [  # (length, key_dim, value_dim); the shape MAIN is another
+    (0, 16, 50),
+    (1, 50, 16),
+    (65, 64, 100),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [(15, 100, 64), (63, 128, 256), (64, 256, 128), (100, 16, 64), (500, 50, 100)]
+    ),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1024, 64, 50), (2048, 50, 64)]),
+]
+every_packing = pytest.mark.parametrize("packing", PACKINGS)
+every_strength = pytest.mark.parametrize("strength", STRENGTHS)
+
+
+@every_engine_dear
+@every_other_form
+@pytest.mark.parametrize(("length", "key_dim", "value_dim"), CASES)
+def test_forms_agree_with_recurrent(engine, form, length, key_dim, value_dim):
+    sizes = Sizes(length, key_dim, value_dim, batch=1, heads=(2, 2, 2))
+    for strength in STRENGTHS:
+        problem = draw_problem(engine, sizes, strength)
+        assert_results_close(engine, run(engine, "recurrent", problem), run(engine, form, problem), FLOAT32)
+
+
+@every_engine
+@every_other_form
+@every_strength
+def test_forms_agree_over_strengths(engine, form, strength):
+    problem = draw_problem(engine, MAIN, strength)
+    assert_results_close(engine, run(engine, "recurrent", problem), run(engine, form, problem), FLOAT32)
+
+
+@every_engine
+@every_other_form
+def test_no_initial_state_is_zeros(engine, form):
+    problem = draw_problem(engine, MAIN)
+    want = run(engine, "recurrent", problem._replace(initial_state=0 * problem.initial_state))
+    got = run(engine, form, problem._replace(initial_state=None))
+    del want.grads["initial_state"]
+    assert_results_close(engine, want, got, FLOAT32)
+
+
+@every_engine_dear
+@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+def test_chunk_sizes(engine, chunk):
+    for packing, strength in (("straddling", "strong"), ("padding", "mild")):
+        problem = draw_problem(engine, MAIN, strength, PACKINGS[packing])
+        assert_results_close(engine, run(engine, "recurrent", problem), run(engine, chunk, problem), FLOAT32)
+
+
+@every_engine_dear
+@every_form
+@every_strength
+def test_float64_equals_numpy(engine, form, strength):
+    problem = draw_problem(engine, MAIN, strength)
+    with jax.enable_x64(True):
+        problem = astype(problem, np.float64)
+        want, got = run(engine, "recurrent", problem), run(engine, form, problem)
+        assert got.out.dtype == got.state.dtype == np.float64
+        assert_close(oracle.unpacked(engine, problem.inputs, problem.initial_state), (got.out, got.state), 1e-12)
+        assert_close(want.grads, got.grads, 1e-11)
+
+
+@every_engine_dear
+@every_form
+def test_bfloat16(engine, form):
+    problem = cast(engine, draw_problem(engine, MAIN), jnp.bfloat16)
+    got = run(engine, form, problem)
+    assert got.out.dtype == jnp.bfloat16
+    assert got.state.dtype == jnp.float32
+    want = run(engine, "recurrent", astype(problem, np.float32))
+    assert_results_close(engine, want, got, BFLOAT16_OUT, BFLOAT16_GRAD, BFLOAT16_GATE)
+
+
+@every_engine
+@every_form
+@every_packing
+def test_packed_documents_equal_separate_rows(engine, form, packing):
+    problem = draw_problem(engine, MAIN, "mild", PACKINGS[packing])
+    got = run(engine, form, problem)
+    want = oracle.packed(engine, problem.inputs, problem.initial_state, problem.segment_ids)
+    assert_close(want, (got.out, got.state), FLOAT32)
+    assert not got.out[problem.segment_ids < 0].any()
+
+
+@every_engine
+@every_other_form
+@every_packing
+@every_strength
+def test_forms_agree_on_packed_documents(engine, form, packing, strength):
+    problem = draw_problem(engine, MAIN, strength, PACKINGS[packing])
+    assert_results_close(engine, run(engine, "recurrent", problem), run(engine, form, problem), FLOAT32)
+
+
+@every_engine
+@every_form
+def test_right_padding_changes_nothing(engine, form):
+    length = 137
+    ids = np.stack([row((0, length), (-1, MAIN.length - length))] * MAIN.batch)
+    problem = draw_problem(engine, MAIN, segment_ids=ids)
+    other = draw_problem(engine, MAIN, seed=1)
+    mixed = {
+        name: x if name in engine.per_head else np.concatenate([x[:, :length], other.inputs[name][:, length:]], 1)
+        for name, x in problem.inputs.items()
+    }
+    want, got = run(engine, form, problem), run(engine, form, problem._replace(inputs=mixed))
+    jax.tree.map(np.testing.assert_array_equal, want, got)
+    real = {name: engine.take(name, x, tokens=slice(length)) for name, x in problem.inputs.items()}
+    out, state = oracle.unpacked(engine, real, problem.initial_state)
+    assert_close((out, state), (got.out[:, :length], got.state), FLOAT32)
+    for name in real.keys() - engine.per_head:
+        assert not got.grads[name][:, length:].any(), name
+
+
+@every_engine_dear
+@every_form
+@pytest.mark.parametrize(
+    "lengths", [(49,) * 4, *(pytest.param(x, marks=pytest.mark.slow) for x in [(1, 195), (64, 132), (133, 0, 63)])]
+)
+def test_splitting_equals_one_pass(engine, form, lengths):
+    problem = draw_problem(engine, MAIN)
+    outs, state, start = [], problem.initial_state, 0
+    for length in lengths:
+        part = {name: engine.take(name, x, tokens=slice(start, start + length)) for name, x in problem.inputs.items()}
+        out, state = forward(engine, form, part, state)
+        outs.append(out)
+        start += length
+    assert_close(
+        oracle.unpacked(engine, problem.inputs, problem.initial_state), (jnp.concatenate(outs, 1), state), FLOAT32
+    )
+
+
+@every_engine
+@every_form
+@pytest.mark.parametrize("last", [0, 63, 64, 100, 194])
+def test_no_gradient_reaches_later_tokens(engine, form, last):
+    problem = draw_problem(engine, MAIN)
+    d_out = np.where(np.arange(MAIN.length)[:, None, None] == last, problem.d_out, 0)
+    grads = run(engine, form, problem._replace(d_out=d_out, d_state=0 * problem.d_state)).grads
+    for name in problem.inputs.keys() - engine.per_head:
+        assert not grads[name][:, last + 1 :].any(), name
+    assert np.abs(grads["q"][:, last]).min() > 0
+    assert np.abs(grads["v"][:, last]).min() > 0
+
+
+@every_engine_dear
+@every_form
+@pytest.mark.parametrize("heads", [(2, 2, 4), (4, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
+def test_fewer_heads_are_repeated(engine, form, heads):
+    problem = draw_problem(engine, MAIN._replace(heads=heads))
+    repeats = {name: max(heads) // h for name, h in zip("qkv", heads, strict=True)}
+    full = {
+        name: np.repeat(x, repeats.get(name, 1), axis=2) if name in repeats else x for name, x in problem.inputs.items()
+    }
+    want, got = run(engine, form, problem._replace(inputs=full)), run(engine, form, problem)
+    grads = dict(want.grads)
+    for name, times in repeats.items():
+        x = grads[name]
+        grads[name] = x.reshape(*x.shape[:2], -1, times, x.shape[3]).sum(3)
+    assert_results_close(engine, Result(want.out, want.state, grads), got, FLOAT32)
+    assert_close(oracle.unpacked(engine, problem.inputs, problem.initial_state), (got.out, got.state), FLOAT32)
+
+
+@every_engine
+@every_form
+def test_rows_and_heads_do_not_mix(engine, form):
+    problem = draw_problem(engine, MAIN)
+    heads = np.array([2, 0, 3, 1])
+
+    def permute(name, x):
+        if name in engine.per_head:
+            return x[heads]
+        return x[::-1].take(heads, axis=1 if "state" in name else 2)
+
+    permuted = problem._replace(
+        inputs={name: permute(name, x) for name, x in problem.inputs.items()},
+        initial_state=permute("state", problem.initial_state),
+        d_out=permute("out", problem.d_out),
+        d_state=permute("state", problem.d_state),
+    )
+    want, got = run(engine, form, problem), run(engine, form, permuted)
+    grads = {name: permute(name, x) for name, x in want.grads.items()}
+    assert_results_close(engine, Result(permute("out", want.out), permute("state", want.state), grads), got, 1e-6)
+
+
+@every_engine_dear
+@every_form
+@pytest.mark.parametrize("length", [1, 65])
+def test_extreme_gates_stay_finite(engine, form, length):
+    problem = draw_problem(engine, Sizes(length, *((50, 16) if length == 1 else (64, 100)), 1, (2, 2, 2)), "extreme")
+    for x in jax.tree.leaves(run(engine, form, problem)):
+        assert np.isfinite(x).all()
+
+
+@every_engine
+@every_form
+def test_extreme_gates_stay_finite_in_packed_rows(engine, form):
+    for ids in PACKINGS.values():
+        problem = draw_problem(engine, MAIN, "extreme", ids)
+        for x in jax.tree.leaves(run(engine, form, problem)):
+            assert np.isfinite(x).all()
+
+
+@every_engine_dear
+@every_form
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_jit_changes_nothing(engine, form, length):
+    problem = draw_problem(engine, Sizes(length, batch=1))
+    want = apply(engine, form, problem.inputs, problem.initial_state)
+    assert_close(want, forward(engine, form, problem.inputs, problem.initial_state), 1e-6)
+
+
+@every_engine
+@pytest.mark.parametrize(("length", "form"), [(1, "recurrent"), (3, "chunkwise")])
+def test_default_form(engine, length, form):
+    problem = draw_problem(engine, Sizes(length, batch=1))
+    programs = [
+        str(jax.make_jaxpr(partial(apply, engine, f))(problem.inputs, problem.initial_state)) for f in (None, form)
+    ]
+    assert programs[0] == programs[1]
+
+
+@every_engine_dear
+@every_form
+def test_vmap_and_checkpoint(engine, form):
+    problems = [draw_problem(engine, MAIN, seed=seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *problems)
+
+    @jit
+    @jax.vmap
+    def gradient(problem):
+        return jax.grad(jax.checkpoint(partial(loss, engine, form)), has_aux=True)(arguments_of(problem), problem)
+
+    grads, (out, state) = gradient(stacked)
+    for i, problem in enumerate(problems):
+        got = jax.tree.map(lambda x, i=i: x[i], Result(out, state, grads))
+        assert_results_close(engine, run(engine, form, problem), got, FLOAT32)
+
+
+@every_engine_dear
+@pytest.mark.parametrize("form", [pytest.param("recurrent", marks=pytest.mark.slow), "parallel", "chunkwise"])
+def test_second_derivative_equals_difference_of_gradients(engine, form):
+    step = 1e-5
+    with jax.enable_x64(True):
+        problem, direction = (astype(draw_problem(engine, MAIN, seed=seed), np.float64) for seed in (0, 1))
+        tangent = arguments_of(direction)
+
+        @jit
+        def second(problem):
+            gradient = jax.grad(partial(loss, engine, form), has_aux=True)
+            inner = lambda a: sum(jnp.vdot(gradient(a, problem)[0][name], t) for name, t in tangent.items())  # noqa: E731
+            return jax.grad(inner)(arguments_of(problem))
+
+        def grads_at(distance):
+            moved = {name: x + distance * tangent[name] for name, x in arguments_of(problem).items()}
+            state = moved.pop("initial_state")
+            return run(engine, form, problem._replace(inputs=moved, initial_state=state)).grads
+
+        want = jax.tree.map(lambda a, b: (a - b) / (2 * step), grads_at(step), grads_at(-step))
+        assert_close(want, second(problem), 1e-6)
+
+
+@every_engine_dear
+@every_form
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ("rows", "heads"),
+        pytest.param(("rows", None), marks=pytest.mark.slow),
+        pytest.param((None, "heads"), marks=pytest.mark.slow),
+    ],
+)
+def test_shard_map(engine, form, axes):
+    rows, heads = axes
+    problem = draw_problem(engine, MAIN)._replace(initial_state=None)
+    shape = (2 if rows else 1, 2 if heads else 1)
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[: shape[0] * shape[1]]).reshape(shape), ("rows", "heads"))
+    spec = jax.sharding.PartitionSpec
+    sequence, state = spec(rows, None, heads), spec(rows, heads)
+    inputs = {name: spec(heads) if name in engine.per_head else sequence for name in problem.inputs}
+    specs = problem._replace(inputs=inputs, d_out=sequence, d_state=state)
+    sharded = jax.shard_map(
+        partial(result, engine, form), mesh=mesh, in_specs=(specs,), out_specs=Result(sequence, state, inputs)
+    )
+    assert_results_close(engine, run(engine, form, problem), jit(sharded)(problem), FLOAT32)
+
+
+def _temporary_bytes(engine, form, length):
+    sizes = Sizes(length, 32, 32, batch=1, heads=(2, 2, 2))
+    return run.lower(engine, form, draw_problem(engine, sizes)).compile().memory_analysis().temp_size_in_bytes
+
+
+@every_engine_dear
+def test_chunkwise_memory_is_linear_in_length(engine):
+    assert _temporary_bytes(engine, "chunkwise", 2048) < 5 * _temporary_bytes(engine, "chunkwise", 512)
+
+
+@every_engine_dear
+def test_recurrent_keeps_no_state_per_token(engine):
+    length, state = 1024, 2 * 32 * 32 * 4
+    assert _temporary_bytes(engine, "recurrent", length) < length * state
+
+
+@every_engine
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
+@pytest.mark.slow
+def test_long_run_does_not_drift(engine, form):
+    for strength in ("weak", "strong"):
+        problem = draw_problem(engine, Sizes(32768, 8, 6, batch=1, heads=(1, 1, 1)), strength)
+        out, state = oracle.unpacked(engine, problem.inputs, problem.initial_state)
+        got, got_state = forward(engine, form, problem.inputs, problem.initial_state)
+        assert_close((out, state), (got, got_state), 1e-3)
+        assert error_ratio(out[:, -64:], got[:, -64:]) <= 1e-3
+
+
+def _without_token(x):
+    return x[:, :-1]
+
+
+BAD = {  # argument, what is done to it
+    "k of other length": ("k", _without_token),
+    "k of other width": ("k", lambda x: x[..., :-1]),
+    "k without heads": ("k", lambda x: x[:, :, 0]),
+    "v of other length": ("v", _without_token),
+    "v of other batch": ("v", lambda x: x[:1]),
+    "integer q": ("q", lambda x: x.astype(np.int32)),
+    "heads that do not divide": ("q", lambda x: x[:, :, :3]),
+    "state of other shape": ("initial_state", lambda x: x.swapaxes(2, 3)),
+    "integer state": ("initial_state", lambda x: x.astype(np.int32)),
+    "segment ids of other shape": ("segment_ids", _without_token),
+    "float segment ids": ("segment_ids", lambda x: x.astype(np.float32)),
+    "segment ids that decrease": ("segment_ids", lambda x: x[:, ::-1]),
+    "unknown form": ("form", lambda x: "sideways"),
+    "unknown implementation": ("implementation", lambda x: "abacus"),
+    "unknown implementation in a list": ("implementation", lambda x: ("xla", "abacus")),
+    "no implementation": ("implementation", lambda x: ()),
+}
+
+
+@every_engine
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(engine, case):
+    argument, spoil = BAD[case]
+    problem = draw_problem(engine, MAIN, segment_ids=PACKINGS["straddling"])
+    arguments = arguments_of(problem) | {"segment_ids": problem.segment_ids, "form": None, "implementation": None}
+    arguments[argument] = spoil(arguments[argument])
+    with pytest.raises(ValueError, match=rf"\b{argument}:? got .+; needs .+") as error:
+        engine.function(**arguments)
+    assert "\n" not in str(error.value)
