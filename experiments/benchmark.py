@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from effattn_jax.linear import scalar_decay
 from effattn_jax.sparse import attention
@@ -67,7 +67,8 @@ def gradients(call: Callable[..., Any]) -> Callable[..., Any]:
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
         out, pull = jax.vjp(call, q, k, v, g)
-        return out, pull(jax.random.normal(jax.random.key(1), out.shape, out.dtype))
+        cotangent = jax.random.normal(jax.random.key(1), out.shape, jnp.bfloat16)  # the same for every dtype of out
+        return out, pull(cotangent.astype(out.dtype))
 
     return both
 
@@ -95,7 +96,8 @@ def floor(case: Case, shape: tuple[int, int, int, int], dtype: Any) -> float | N
     return 1e3 * max(moved / bandwidth, case.flops(*shape) / rate)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
+    flags.FLAGS(sys.argv)
     accelerator = jax.default_backend() != "cpu"
     default = ["4,8192,16,128", "8,2048,16,128", "1,65536,16,128"] if accelerator else ["2,1024,4,64"]
     dtype = jnp.dtype(DTYPE.value or ("bfloat16" if accelerator else "float32"))
@@ -126,4 +128,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
