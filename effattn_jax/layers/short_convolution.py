@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn_jax import checks
-from effattn_jax.typing import Array, Float, Hidden, SegmentIds
+from effattn_jax.typing import Array, Float, Hidden, Int, SegmentIds
 
 
 class ShortConvolution(nnx.Module):
@@ -45,20 +45,28 @@ class ShortConvolution(nnx.Module):
         """A state, if given, belongs to the first document of each row."""
         x = x.astype(self.dtype)
         if state is None or segment_ids is None:
-            y, extended = self._convolve(x, state, segment_ids)
+            y, extended, _ = self._convolve(x, state, segment_ids)
             return y, None if state is None else extended[:, x.shape[1] :]
         # Leading padding would stand between the state and the first token: turn it to the end, then back.
         real = segment_ids >= 0
+        segment_ids = jnp.where(real, segment_ids, -1)
         leading = jnp.argmax(real, axis=1)
         turn = jax.vmap(lambda row, shift: jnp.roll(row, shift, axis=0))
-        y, extended = self._convolve(turn(x, -leading), state, turn(segment_ids, -leading))
-        tail = jnp.sum(real, axis=1)[:, None] + jnp.arange(self.width - 1)
-        return turn(y, leading), jnp.take_along_axis(extended, tail[:, :, None], axis=1)
+        y, extended, ids = self._convolve(turn(x, -leading), state, turn(segment_ids, -leading))
+        last = jnp.sum(real, axis=1)[:, None] + jnp.arange(self.width - 1)
+        tail = jnp.take_along_axis(extended, last[:, :, None], axis=1)
+        # A new document may begin in the tail: what is before is not for the tokens to come.
+        same = jnp.take_along_axis(ids, last, axis=1) == jnp.max(segment_ids, axis=1)[:, None]
+        return turn(y, leading), jnp.where(same[:, :, None], tail, 0)
 
-    def _convolve(self, x: Array, state: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
+    def _convolve(
+        self, x: Array, state: Array | None, segment_ids: Array | None
+    ) -> tuple[Array, Array, Int[Array, "B W-1+T"]]:
+        """The outputs, and the inputs with those of the state before them, and their documents."""
         batch, length, _ = x.shape
         before = self.init_state(batch) if state is None else state.astype(self.dtype)
         extended = jnp.concatenate([before, x], axis=1)
+        ids = jnp.zeros(extended.shape[:2], jnp.int32)
         if segment_ids is not None:
             first = jnp.broadcast_to(segment_ids[:, :1], (batch, self.width - 1))
             ids = jnp.concatenate([first, segment_ids], axis=1)
@@ -68,4 +76,4 @@ class ShortConvolution(nnx.Module):
             if segment_ids is not None:
                 seen = jnp.where((ids[:, i : i + length] == segment_ids)[:, :, None], seen, 0)
             y = y + tap * seen
-        return self.activation(y), extended
+        return self.activation(y), extended, ids
