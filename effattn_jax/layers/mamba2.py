@@ -119,7 +119,10 @@ class Mamba2(nnx.Module):
         y = self.out_proj(self.norm(y * jax.nn.silu(z.astype(jnp.float32))))
         if state is None or x_tail is None or bc_tail is None:
             return y, None
-        document = state.document if segment_ids is None else last_document(segment_ids, state.document)
+        # Tokens without ids continue the last document, at first document 0.
+        document = jnp.maximum(state.document, 0)
+        if segment_ids is not None:
+            document = last_document(segment_ids, state.document)
         return y, Mamba2State(memory, x_tail, bc_tail, document)
 
 
