@@ -104,4 +104,4 @@ class Attention(nnx.Module):
             out, new_state = attention(q, k, v, **options), None
         else:
             out, new_state = cached_attention(q, k, v, state, **options)
-        return self.out_proj(out.reshape(batch, length, -1)), new_state
+        return self.out_proj(out.reshape(batch, length, self.heads * self.head_dim)), new_state

@@ -28,6 +28,6 @@ class RMSNorm(nnx.Module):
         self.groups, self.eps, self.dtype = groups, eps, dtype
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
         grouped *= jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
         return (grouped.reshape(x.shape) * self.scale[...]).astype(self.dtype)
