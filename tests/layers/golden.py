@@ -1,4 +1,4 @@
-"""Small random models of public implementations: their weights, and what they compute. Weights go into our modules by name."""
+"""Small random models of public implementations: weights, inputs, results. Weights go into our modules by name."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ def golden(name):
 
 
 def load(module, weights):
-    """Every parameter of `module` from `weights`, {"q_proj.kernel": array}; none may be missing, left over or misshapen."""
+    """Every parameter of `module` from `weights`, {"q_proj.kernel": array}; no more, no less, no other shapes."""
     state = nnx.state(module, nnx.Param)
     parameters = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()

@@ -1,0 +1,102 @@
+"""The mixers that keep the contract. A new one adds a record; `tests/layers/test_*.py` do the rest."""
+
+import functools
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effattn_jax.layers import Attention, Mamba2
+from effattn_jax.models.blueprint import blueprint
+from tests.ratio import FLOAT32, error_ratio
+
+BATCH, DIM = 2, 16
+
+
+class Record(NamedTuple):
+    layer: Any
+    options: dict
+
+
+ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 4}
+MAMBA2 = {"head_dim": 8, "state_dim": 6}
+
+RECORDS = {
+    "mamba2": Record(Mamba2, MAMBA2),
+    "mamba2_groups": Record(Mamba2, MAMBA2 | {"groups": 2, "conv_width": 5}),
+    "attention": Record(Attention, ATTENTION),
+    "attention_window": Record(Attention, ATTENTION | {"window": 5}),
+    "attention_window_sinks": Record(Attention, ATTENTION | {"kv_heads": 1, "window": 4, "sinks": True}),
+    "attention_qk_norm": Record(Attention, ATTENTION | {"qk_norm": True, "rope_fraction": 0.5}),
+    "attention_no_rope": Record(Attention, ATTENTION | {"kv_heads": 4, "rope_theta": None, "logits_soft_cap": 3.0}),
+}
+EVERY = pytest.mark.parametrize("name", RECORDS)
+
+# Tests compile much and compute little.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def random(name: str, *shape: int) -> np.ndarray:
+    """The same numbers for the same name."""
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+
+
+def agree(want: np.ndarray, got: jax.Array | np.ndarray, what: str = "", limit: float = FLOAT32) -> None:
+    got = np.asarray(got)
+    assert np.isfinite(got).all(), f"{what}: not finite"
+    ratio = error_ratio(want, got)
+    assert ratio <= limit, f"{what}: error ratio {ratio:.2e} > {limit:.0e}"
+
+
+@functools.cache
+def layer(name: str, dtype: Any = jnp.float32) -> nnx.Module:
+    """Weights far from their start: matrices by fan-in, scales around 1, gates, biases and sinks around 0, widely."""
+    record = RECORDS[name]
+    plan = blueprint(lambda: record.layer(DIM, **record.options, dtype=dtype, rngs=nnx.Rngs(0)))
+    parameters = {}
+    for key, leaf in plan.shapes.items():
+        x = random(key, *leaf.shape)
+        if leaf.ndim > 1:
+            parameters[key] = jnp.asarray(x * leaf.shape[0] ** -0.5)
+        else:
+            parameters[key] = jnp.asarray(x * 0.5 + float(key.endswith("scale")))
+    return plan.model(parameters)
+
+
+def inputs(length: int) -> np.ndarray:
+    """The first tokens of always the same rows."""
+    return random("inputs", BATCH, 128, DIM)[:, :length]
+
+
+# One compilation each for a layer and a shape, whatever test asks for it.
+forward = jit(lambda layer, x: layer(x)[0])
+forward_documents = jit(lambda layer, x, ids: layer(x, segment_ids=ids)[0])
+step = jit(lambda layer, x, state: layer(x, state))
+step_documents = jit(lambda layer, x, state, ids: layer(x, state, segment_ids=ids))
+
+
+@jit
+def decode(layer, x, state):
+    """Token by token: the state is the carry of a scan."""
+
+    def body(state, token):
+        y, state = layer(token[:, None], state)
+        return state, y[:, 0]
+
+    state, y = jax.lax.scan(body, state, jnp.moveaxis(x, 1, 0))
+    return jnp.moveaxis(y, 0, 1), state
+
+
+@jit
+def decode_documents(layer, x, state, ids):
+    def body(state, token):
+        x, ids = token
+        y, state = layer(x[:, None], state, segment_ids=ids[:, None])
+        return state, y[:, 0]
+
+    state, y = jax.lax.scan(body, state, (jnp.moveaxis(x, 1, 0), ids.T))
+    return jnp.moveaxis(y, 0, 1), state
