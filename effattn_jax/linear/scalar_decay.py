@@ -16,12 +16,11 @@ from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
 from effattn_jax.linear.chunks import from_chunks, to_chunks
 from effattn_jax.linear.decay import constant_decay_sum, decay_sum, pairwise_decay
-from effattn_jax.linear.precision import accumulation_dtype, contract, zeros_varying
+from effattn_jax.precision import accumulation_dtype, contract, zeros_varying
 from effattn_jax.linear.segments import chunk_masks
 from effattn_jax.typing import Array, Float, HeadDecay, Keys, MatrixState, Queries, SegmentIds, Values
 
 FORMS = ("recurrent", "parallel", "chunkwise")
-CHUNK = 64  # C of the order of K balances the C^2 (K + V) work inside chunks against the C K V work on states
 
 
 def scalar_decay(
@@ -173,7 +172,7 @@ def chunkwise(
     log_decay: HeadDecay,
     initial_state: MatrixState,
     segment_ids: SegmentIds | None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], MatrixState]:
     """In a chunk that starts from S with G_i = g_1 + ... + g_i, every exponent <= 0:
 
@@ -182,7 +181,9 @@ def chunkwise(
 
     `scalar_decay` calls it under `jax.checkpoint`: the backward pass keeps the arguments and recomputes the rest.
     """
-    batch, length, groups, _ = q.shape
+    batch, length, groups, key_dim = q.shape
+    if chunk is None:  # of the order of K: balances C^2 (K + V) work inside chunks against C K V work on states
+        chunk = 64 if key_dim <= 64 else 128
     heads = (groups, v.shape[2] // groups)  # R heads of v share the keys of each of G groups
     if log_decay.ndim == 1:
         # chunks without padding are alike: one D serves them

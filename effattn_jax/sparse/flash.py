@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.linear.precision import accumulation_dtype, contract, zeros_varying
+from effattn_jax.precision import accumulation_dtype, contract, zeros_varying
 from effattn_jax.sparse.mask import Band, same_document
 from effattn_jax.typing import Array, Bool, Float, Int
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from effattn_jax.dispatch import Implementation, dispatch
-from effattn_jax.linear.precision import accumulation_dtype, contract
+from effattn_jax.precision import accumulation_dtype, contract
 from effattn_jax.sparse.dense import masked
 from effattn_jax.typing import Array, Bool, Float
 

@@ -141,15 +141,22 @@ def _compile(
     )
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()
+    seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    needed = "" if memory is None else f"; {_bytes_per_device(memory)} per device"
-    report(f"compiled the training step in {time.perf_counter() - began:.1f} s{needed}")
+    if memory is None:
+        report(f"compiled the training step in {seconds:.1f} s")
+        return compiled
+    held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    needs = f"{format_bytes(held)} of state and batch and {format_bytes(temporary)} of temporaries"
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None and held + temporary > limit:
+        checks.fail(
+            "device memory",
+            f"{format_bytes(limit)} for a step that takes {needs}",
+            "model.remat=True, more train.microbatches, a smaller data.batch_size or more devices",
+        )
+    report(f"compiled the training step in {seconds:.1f} s; per device it takes {needs}")
     return compiled
-
-
-def _bytes_per_device(memory: Any) -> str:
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return f"{format_bytes(arguments)} of state and batch, {format_bytes(temporary)} of temporaries"
 
 
 def _workload(config: ConfigDict, flops_per_token: float) -> Workload:
