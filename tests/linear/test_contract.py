@@ -23,6 +23,7 @@ from tests.linear.suite import (
     forward,
     jit,
     loss,
+    reference,
     result,
     run,
 )
@@ -50,22 +51,22 @@ def test_forms_agree_with_recurrent(engine, form, length, key_dim, value_dim):
     sizes = Sizes(length, key_dim, value_dim, batch=1, heads=(2, 2, 2))
     for strength in STRENGTHS:
         problem = draw_problem(engine, sizes, strength)
-        assert_results_close(engine, run(engine, "recurrent", problem), run(engine, form, problem), FLOAT32)
+        assert_results_close(engine, reference(engine, problem), run(engine, form, problem), FLOAT32)
 
 
 @every_engine
-@every_other_form
+@every_form
 @every_strength
 def test_forms_agree_over_strengths(engine, form, strength):
     problem = draw_problem(engine, MAIN, strength)
-    assert_results_close(engine, run(engine, "recurrent", problem), run(engine, form, problem), FLOAT32)
+    assert_results_close(engine, reference(engine, problem), run(engine, form, problem), FLOAT32)
 
 
 @every_engine
 @every_other_form
 def test_no_initial_state_is_zeros(engine, form):
     problem = draw_problem(engine, MAIN)
-    want = run(engine, "recurrent", problem._replace(initial_state=0 * problem.initial_state))
+    want = reference(engine, problem._replace(initial_state=0 * problem.initial_state))
     got = run(engine, form, problem._replace(initial_state=None))
     del want.grads["initial_state"]
     assert_results_close(engine, want, got, FLOAT32)
@@ -76,7 +77,7 @@ def test_no_initial_state_is_zeros(engine, form):
 def test_chunk_sizes(engine, chunk):
     for packing, strength in (("straddling", "strong"), ("padding", "mild")):
         problem = draw_problem(engine, MAIN, strength, PACKINGS[packing])
-        assert_results_close(engine, run(engine, "recurrent", problem), run(engine, chunk, problem), FLOAT32)
+        assert_results_close(engine, reference(engine, problem), run(engine, chunk, problem), FLOAT32)
 
 
 @every_engine_dear
@@ -99,8 +100,7 @@ def test_bfloat16(engine, form):
     got = run(engine, form, problem)
     assert got.out.dtype == jnp.bfloat16
     assert got.state.dtype == jnp.float32
-    want = run(engine, "recurrent", astype(problem, np.float32))
-    assert_results_close(engine, want, got, BFLOAT16_OUT, BFLOAT16_GRAD, BFLOAT16_GATE)
+    assert_results_close(engine, reference(engine, problem), got, BFLOAT16_OUT, BFLOAT16_GRAD, BFLOAT16_GATE)
 
 
 @every_engine
@@ -115,12 +115,12 @@ def test_packed_documents_equal_separate_rows(engine, form, packing):
 
 
 @every_engine
-@every_other_form
+@every_form
 @every_packing
 @every_strength
 def test_forms_agree_on_packed_documents(engine, form, packing, strength):
     problem = draw_problem(engine, MAIN, strength, PACKINGS[packing])
-    assert_results_close(engine, run(engine, "recurrent", problem), run(engine, form, problem), FLOAT32)
+    assert_results_close(engine, reference(engine, problem), run(engine, form, problem), FLOAT32)
 
 
 @every_engine
