@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,19 +53,21 @@ def agree(want: np.ndarray, got: jax.Array | np.ndarray, what: str = "", limit: 
     assert ratio <= limit, f"{what}: error ratio {ratio:.2e} > {limit:.0e}"
 
 
-@functools.cache
-def layer(name: str, dtype: Any = jnp.float32) -> nnx.Module:
+def filled(make: Callable[[], nnx.Module]) -> nnx.Module:
     """Weights far from their start: matrices by fan-in, scales around 1, gates, biases and sinks around 0, widely."""
-    record = RECORDS[name]
-    plan = blueprint(lambda: record.layer(DIM, **record.options, dtype=dtype, rngs=nnx.Rngs(0)))
+    plan = blueprint(make)
     parameters = {}
     for key, leaf in plan.shapes.items():
         x = random(key, *leaf.shape)
-        if leaf.ndim > 1:
-            parameters[key] = jnp.asarray(x * leaf.shape[0] ** -0.5)
-        else:
-            parameters[key] = jnp.asarray(x * 0.5 + float(key.endswith("scale")))
+        x = x * leaf.shape[0] ** -0.5 if leaf.ndim > 1 else x * 0.5 + float(key.endswith("scale"))
+        parameters[key] = jnp.asarray(x, jnp.float32)
     return plan.model(parameters)
+
+
+@functools.cache
+def layer(name: str, dtype: Any = jnp.float32) -> nnx.Module:
+    record = RECORDS[name]
+    return filled(lambda: record.layer(DIM, **record.options, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def inputs(length: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+
+from effattn_jax.models.blueprint import blueprint
 
 FOLDER = pathlib.Path(__file__).parent.parent / "fixtures" / "models"
 
@@ -44,16 +45,12 @@ def golden(name):
         )
 
 
-def load(module, weights):
-    """Every parameter of `module` from `weights`, {"q_proj.kernel": array}; no more, no less, no other shapes."""
-    state = nnx.state(module, nnx.Param)
-    parameters = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
-    for name, variable in parameters.items():
-        assert variable.shape == weights[name].shape, f"{name}: {variable.shape} from {weights[name].shape}"
-        variable[...] = jnp.asarray(weights[name])
-    nnx.update(module, state)
-    return module
+def load(make, weights):
+    """What `make` builds, with every parameter from `weights`, {"q_proj.kernel": array}; no more, no less."""
+    plan = blueprint(make)
+    shapes = {name: leaf.shape for name, leaf in plan.shapes.items()}
+    assert shapes == {name: x.shape for name, x in weights.items()}
+    return plan.model({name: jnp.asarray(x) for name, x in weights.items()})
 
 
 def prefixed(prefix, weights):

@@ -9,6 +9,7 @@ from flax import nnx
 from effattn_jax.layers import Attention, RMSNorm
 from effattn_jax.layers import attention as attention_module
 from effattn_jax.models import Block
+from tests.layers.catalogue import jit
 from tests.layers.golden import (
     attention_weights,
     codestral_block,
@@ -22,7 +23,7 @@ from tests.layers.golden import (
 
 # Float32 noise of the public implementations themselves: 1e-5; a window off by one: above 1.
 TOLERANCE = {"atol": 5e-5, "rtol": 5e-5}
-call = jax.jit(lambda module, x: module(x))
+call = jit(lambda module, x: module(x))
 
 
 def rms_norm(x, weight, eps):
@@ -33,8 +34,8 @@ def rms_norm(x, weight, eps):
 def test_mamba2_block_is_codestral(layer):
     """Two groups: shared B and C, and a norm per group. Here hidden/<i> is what block i returns."""
     g = golden("mamba2_codestral")
-    block = Block(32, "mamba2", codestral_options(g.config), mlp_dim=0, norm_eps=1e-5, rngs=nnx.Rngs(0))
-    load(block, codestral_block(under(f"backbone.layers.{layer}.", g.tensors), g.config))
+    make = lambda: Block(32, "mamba2", codestral_options(g.config), mlp_dim=0, norm_eps=1e-5, rngs=nnx.Rngs(0))  # noqa: E731
+    block = load(make, codestral_block(under(f"backbone.layers.{layer}.", g.tensors), g.config))
     x = g.hidden(layer - 1) if layer else g.tensors["backbone.embeddings.weight"][g.io["input_ids"]]
     out, _ = call(block, x)
     np.testing.assert_allclose(out, g.hidden(layer), **TOLERANCE)
@@ -43,8 +44,8 @@ def test_mamba2_block_is_codestral(layer):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_attention_block_is_mistral(layer):
     g = golden("mistral_swa")
-    block = Block(32, "attention", mistral_options(g.config), mlp_dim=64, norm_eps=1e-6, rngs=nnx.Rngs(0))
-    load(block, mistral_block(under(f"model.layers.{layer}.", g.tensors)))
+    make = lambda: Block(32, "attention", mistral_options(g.config), mlp_dim=64, norm_eps=1e-6, rngs=nnx.Rngs(0))  # noqa: E731
+    block = load(make, mistral_block(under(f"model.layers.{layer}.", g.tensors)))
     out, _ = call(block, g.hidden(layer))
     np.testing.assert_allclose(out, g.hidden(layer + 1), **TOLERANCE)
 
@@ -59,7 +60,7 @@ def test_attention_with_query_key_norm_is_gemma3(layer):
     local = config["layer_types"][layer] == "sliding_attention"
     positional = config["rope_parameters"][config["layer_types"][layer]]
     dim, head_dim = config["hidden_size"], config["head_dim"]
-    mixer = Attention(
+    make = lambda: Attention(  # noqa: E731
         dim,
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
@@ -74,11 +75,11 @@ def test_attention_with_query_key_norm_is_gemma3(layer):
         "q_norm.scale": (1 + t["self_attn.q_norm.weight"]) * rescale,
         "k_norm.scale": 1 + t["self_attn.k_norm.weight"],
     }
-    load(mixer, weights)
+    mixer = load(make, weights)
     norm = lambda name, x: rms_norm(x, 1 + t[f"{name}.weight"], config["rms_norm_eps"])  # noqa: E731
 
     def block(mixer, x):
-        ours = load(RMSNorm(dim), {"scale": 1 + t["input_layernorm.weight"]})
+        ours = load(lambda: RMSNorm(dim), {"scale": 1 + t["input_layernorm.weight"]})
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]) / positional.get("factor", 1), x.shape[:2])
         y, _ = mixer(ours(x), positions=positions)
         x = x + norm("post_attention_layernorm", y)
@@ -87,7 +88,7 @@ def test_attention_with_query_key_norm_is_gemma3(layer):
         y = (jax.nn.gelu(h @ gate, approximate=True) * (h @ up)) @ down
         return x + norm("post_feedforward_layernorm", y)
 
-    np.testing.assert_allclose(jax.jit(block)(mixer, g.hidden(layer)), g.hidden(layer + 1), **TOLERANCE)
+    np.testing.assert_allclose(jit(block)(mixer, g.hidden(layer)), g.hidden(layer + 1), **TOLERANCE)
 
 
 def yarn(x, positions, config):
@@ -127,7 +128,7 @@ def test_attention_with_sinks_is_gpt_oss(layer, monkeypatch):
     g = golden("gpt_oss")
     t, config = under(f"model.layers.{layer}.", g.tensors), g.config
     dim, local = config["hidden_size"], config["layer_types"][layer] == "sliding_attention"
-    mixer = Attention(
+    make = lambda: Attention(  # noqa: E731
         dim + 1,
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
@@ -140,7 +141,7 @@ def test_attention_with_sinks_is_gpt_oss(layer, monkeypatch):
     for name in ("q_proj", "k_proj", "v_proj"):
         weights[f"{name}.kernel"] = np.vstack([weights[f"{name}.kernel"], t[f"self_attn.{name}.bias"]])
     weights["out_proj.kernel"] = np.pad(weights["out_proj.kernel"], ((0, 0), (0, 1)))
-    load(mixer, weights | {"sinks": t["self_attn.sinks"]})
+    mixer = load(make, weights | {"sinks": t["self_attn.sinks"]})
     monkeypatch.setattr(attention_module, "rope", lambda x, positions, **_: yarn(x, positions, config))
 
     def block(mixer, x):
@@ -150,4 +151,4 @@ def test_attention_with_sinks_is_gpt_oss(layer, monkeypatch):
         h = rms_norm(x, t["post_attention_layernorm.weight"], config["rms_norm_eps"])
         return x + mixture(h, under("mlp.", t), config)
 
-    np.testing.assert_allclose(jax.jit(block)(mixer, g.hidden(layer)), g.hidden(layer + 1), **TOLERANCE)
+    np.testing.assert_allclose(jit(block)(mixer, g.hidden(layer)), g.hidden(layer + 1), **TOLERANCE)

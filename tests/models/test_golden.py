@@ -10,6 +10,7 @@ from flax import nnx
 
 from effattn_jax.models import LanguageModel, Sampling, generate, token_losses
 from effattn_jax.models.blueprint import parameters_of
+from tests.layers.catalogue import jit
 from tests.layers.golden import (
     FOLDER,
     codestral_block,
@@ -28,17 +29,17 @@ LAYERS = 3
 @functools.cache
 def codestral():
     g = golden("mamba2_codestral")
-    model = build("mamba2", codestral_options(g.config), mlp_dim=0, norm_eps=1e-5)
+    make = functools.partial(build, "mamba2", codestral_options(g.config), mlp_dim=0, norm_eps=1e-5)
     blocks = [codestral_block(under(f"backbone.layers.{i}.", g.tensors), g.config) for i in range(LAYERS)]
-    return g, load(model, whole(g, blocks, "backbone.embeddings", "backbone.norm_f"))
+    return g, load(make, whole(g, blocks, "backbone.embeddings", "backbone.norm_f"))
 
 
 @functools.cache
 def mistral():
     g = golden("mistral_swa")
-    model = build("attention", mistral_options(g.config), mlp_dim=64, norm_eps=1e-6)
+    make = functools.partial(build, "attention", mistral_options(g.config), mlp_dim=64, norm_eps=1e-6)
     blocks = [mistral_block(under(f"model.layers.{i}.", g.tensors)) for i in range(LAYERS)]
-    return g, load(model, whole(g, blocks, "model.embed_tokens", "model.norm"))
+    return g, load(make, whole(g, blocks, "model.embed_tokens", "model.norm"))
 
 
 def build(mixer, options, **rest):
@@ -70,7 +71,7 @@ MODELS = pytest.mark.parametrize("make", [codestral, mistral], ids=lambda f: f._
 @MODELS
 def test_logits(make):
     g, model = make()
-    logits, _ = jax.jit(lambda model, ids: model(ids))(model, g.io["input_ids"])
+    logits, _ = jit(lambda model, ids: model(ids))(model, g.io["input_ids"])
     np.testing.assert_allclose(logits, g.io["logits"], atol=2e-4, rtol=1e-4)
 
 
@@ -79,7 +80,7 @@ def test_left_padded_logits(make):
     g, model = make()
     real = g.io["pad_mask"].astype(bool)
     segment_ids = jnp.where(real, 0, -1)
-    logits, _ = jax.jit(lambda *a: a[0](a[1], segment_ids=a[2]))(model, g.io["pad_input_ids"], segment_ids)
+    logits, _ = jit(lambda *a: a[0](a[1], segment_ids=a[2]))(model, g.io["pad_input_ids"], segment_ids)
     assert not real.all()
     np.testing.assert_allclose(logits[real], g.io["pad_logits"][real], atol=2e-4, rtol=1e-4)
 
@@ -99,7 +100,7 @@ def gradients(make):
         hidden, _ = model.hidden(ids)
         return jnp.mean(token_losses(hidden[:, :-1], model.head_weights(), ids[:, 1:], chunk=24))
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(model)
+    value, gradient = jit(jax.value_and_grad(loss))(model)
     return g, value, parameters_of(gradient)
 
 

@@ -1,0 +1,111 @@
+"""Layers are pytrees of parameters: JAX's transformations and a user's own modules take them as they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from effattn_jax.layers import RMSNorm
+from tests.layers.catalogue import BATCH, DIM, EVERY, RECORDS, agree, filled, forward, inputs, jit, layer, random, step
+
+LENGTH = 6
+
+
+def leaves(module):
+    return jax.tree.leaves(nnx.state(module))
+
+
+@EVERY
+def test_a_pass_changes_nothing_in_the_module(name):
+    """Inside one trace, where a change would be seen (outside it would be lost)."""
+
+    def call(module, x, state):
+        graph, before = nnx.graphdef(module), leaves(module)
+        module(x)
+        _, state = module(x, state)
+        module(x[:, :1], state)
+        assert nnx.graphdef(module) == graph
+        assert all(a is b for a, b in zip(before, leaves(module), strict=True))
+
+    jax.eval_shape(call, layer(name), inputs(LENGTH), layer(name).init_state(BATCH, 2 * LENGTH))
+
+
+@jit
+def parameter_gradients(module, x, weights):
+    loss = lambda module: jnp.sum(weights * module(x)[0])  # noqa: E731
+    checkpointed = lambda module: jnp.sum(weights * jax.checkpoint(lambda m, x: m(x)[0])(module, x))  # noqa: E731
+    return jax.grad(loss)(module), jax.grad(checkpointed)(module)
+
+
+@EVERY
+def test_gradients_reach_every_parameter(name):
+    """With respect to the module as it is; the same ones with recomputation."""
+    gradient, recomputed = parameter_gradients(layer(name), inputs(LENGTH), random("weights", BATCH, LENGTH, DIM))
+    assert type(gradient) is type(layer(name))
+    for path, variable in nnx.to_flat_state(nnx.state(gradient, nnx.Param)):
+        size = np.abs(np.asarray(variable[...]))
+        assert np.isfinite(size).all(), path
+        assert size.max() > 1e-6, path
+    for a, b in zip(leaves(gradient), leaves(recomputed), strict=True):
+        agree(a, b, limit=1e-6)
+
+
+@EVERY
+def test_gradient_is_the_slope(name):
+    """Along a random direction of all parameters, by central differences."""
+    module, x, weights = layer(name), inputs(LENGTH), random("weights", BATCH, LENGTH, DIM)
+    gradient, _ = parameter_gradients(module, x, weights)
+    direction = jax.tree.map(lambda p: jnp.asarray(random(str(p.shape), *p.shape)), module)
+    slope = sum(float(jnp.vdot(d, g)) for d, g in zip(leaves(direction), leaves(gradient), strict=True))
+    size, ends = 1e-3, []
+    for sign in (1, -1):
+        moved = jax.tree.map(lambda p, d, sign=sign: p + sign * size * d, module, direction)
+        ends.append(np.sum(weights * np.asarray(forward(moved, x), np.float64)))
+    np.testing.assert_allclose((ends[0] - ends[1]) / (2 * size), slope, rtol=5e-3)
+
+
+@EVERY
+def test_vmap_over_inputs_and_states(name):
+    x = np.stack([inputs(LENGTH), random("other", BATCH, LENGTH, DIM)])
+    state = layer(name).init_state(BATCH, 2 * LENGTH)
+    states = jax.tree.map(lambda a: jnp.stack([a, a]), state)
+    mapped = jit(jax.vmap(lambda module, x, state: module(x, state), in_axes=(None, 0, 0)))
+    _, states = mapped(layer(name), x, states)
+    y, _ = mapped(layer(name), x, states)
+    for i in range(2):
+        _, end = step(layer(name), x[i], state)
+        agree(step(layer(name), x[i], end)[0], y[i])
+
+
+@EVERY
+def test_parameters_name_their_axes(name):
+    for path, variable in nnx.to_flat_state(nnx.state(layer(name), nnx.Param)):
+        axes = variable.get_metadata()["axes"]
+        assert len(axes) == variable.ndim, path
+        assert all(isinstance(axis, str) for axis in axes), path
+
+
+class Residual(nnx.Module):
+    """What a user writes."""
+
+    def __init__(self, record, rngs):
+        self.norm = RMSNorm(DIM)
+        self.mixers = nnx.List([record.layer(DIM, **record.options, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x, states=(None, None)):
+        new = []
+        for mixer, state in zip(self.mixers, states, strict=True):
+            y, state = mixer(self.norm(x), state)
+            x = x + y
+            new.append(state)
+        return x, tuple(new)
+
+
+@EVERY
+def test_inside_a_module_of_the_user(name):
+    model = filled(lambda: Residual(RECORDS[name], nnx.Rngs(0)))
+    x = inputs(LENGTH)
+    states = tuple(mixer.init_state(BATCH, LENGTH) for mixer in model.mixers)
+    _, states = step(model, x[:, :-1], states)
+    last, _ = step(model, x[:, -1:], states)
+    agree(np.asarray(forward(model, x))[:, -1:], last)
