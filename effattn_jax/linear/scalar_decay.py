@@ -16,8 +16,8 @@ from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
 from effattn_jax.linear.chunks import from_chunks, to_chunks
 from effattn_jax.linear.decay import constant_decay_sum, decay_sum, pairwise_decay
-from effattn_jax.precision import accumulation_dtype, contract, zeros_varying
 from effattn_jax.linear.segments import chunk_masks
+from effattn_jax.precision import accumulation_dtype, contract, zeros_varying
 from effattn_jax.typing import Array, Float, HeadDecay, Keys, MatrixState, Queries, SegmentIds, Values
 
 FORMS = ("recurrent", "parallel", "chunkwise")
