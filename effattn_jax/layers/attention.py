@@ -49,8 +49,9 @@ class Attention(nnx.Module):
         if window is not None and window < 1:
             checks.fail("window", window, "None or at least 1 key")
         head_dim = dim // heads if head_dim is None else head_dim
-        if rope_theta is not None and (not 0 < rope_fraction <= 1 or head_dim % 2):
-            checks.fail("rope_fraction", f"{rope_fraction} of head_dim {head_dim}", "a part in (0, 1] of an even size")
+        rotated = int(head_dim * rope_fraction)
+        if rope_theta is not None and (not 2 <= rotated <= head_dim or rotated % 2):
+            checks.fail("rope_fraction", f"{rope_fraction} of head_dim {head_dim}", "an even number of channels")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.window, self.rope_theta, self.rope_fraction = window, rope_theta, rope_fraction
         self.logits_soft_cap, self.dtype, self.implementation = logits_soft_cap, dtype, implementation

@@ -94,6 +94,7 @@ class Mamba2(nnx.Module):
         positions: Positions | None = None,
     ) -> tuple[Hidden, Mamba2State | None]:
         """`positions` is of no consequence here: the recurrence knows the order."""
+        checks.check_segment_ids(segment_ids, *x.shape[:2])
         if state is not None and segment_ids is not None:
             state = _forget_other_documents(state, segment_ids)
         memory, x_tail, bc_tail = (None, None, None) if state is None else state[:3]
