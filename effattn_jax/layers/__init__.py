@@ -6,7 +6,7 @@ one it continues from what the state has seen, be it many tokens (prefill) or on
 nothing in the module.
 
 In Linen a layer is `nnx.bridge.to_linen(Layer, *args, **options)`. Let `metadata_fn` turn a parameter's logical axes
-into Linen's box, which `nn.scan` understands (it adds an axis; give it `metadata_params={nn.PARTITION_NAME: "layers"}`):
+into Linen's box; `nn.scan` then adds its axis by the name in `metadata_params={nn.PARTITION_NAME: "layers"}`.
 
     boxed = lambda p: nn.LogicallyPartitioned(p.get_value(), p.get_metadata()["axes"])
     y, state = nnx.bridge.to_linen(Mamba2, dim, state_dim=64, metadata_fn=boxed)(x, state)
