@@ -10,7 +10,7 @@ from tests.imports import owner_of, rule, violations
 ROOT = Path(__file__).parents[1]
 STANDARD = frozenset(sys.stdlib_module_names)
 
-LEAVES = ("effattn_jax.typing", "effattn_jax.dispatch", "effattn_jax.checks")
+LEAVES = ("effattn_jax.typing", "effattn_jax.dispatch", "effattn_jax.checks", "effattn_jax.precision")
 MECHANISMS = ("effattn_jax.linear", "effattn_jax.sparse")
 EVERYTHING_BELOW = (
     *LEAVES,
@@ -25,10 +25,10 @@ RULES = {
     "effattn_jax.typing": rule(installed=["jaxtyping"]),
     "effattn_jax.dispatch": rule(installed=["jax", "numpy"]),
     "effattn_jax.checks": rule(installed=["jax", "numpy"]),
+    "effattn_jax.precision": rule("effattn_jax.typing", installed=["jax"]),
     "pallas_kernels": rule(never=["flax"]),
     "effattn_jax.linear": rule(*LEAVES, "pallas_kernels", never=["flax"]),
-    # Softmax attention accumulates in the same precision as the matrix memories; nothing imports it back.
-    "effattn_jax.sparse": rule(*LEAVES, "effattn_jax.linear", "pallas_kernels", never=["flax"]),
+    "effattn_jax.sparse": rule(*LEAVES, "pallas_kernels", never=["flax"]),
     "effattn_jax.layers": rule(*LEAVES, *MECHANISMS, "effattn_jax.distributed"),
     "effattn_jax.models": rule(*LEAVES, *MECHANISMS, "effattn_jax.layers", "effattn_jax.distributed"),
     "effattn_jax.pretrained": rule(*LEAVES, *MECHANISMS, "effattn_jax.layers", "effattn_jax.models"),
@@ -61,6 +61,7 @@ def test_every_part_of_the_package_has_a_rule_of_its_own():
         ("effattn_jax/layers/gla.py", "from effattn_jax.training import step", "effattn_jax.training.step"),
         ("effattn_jax/linear/__init__.py", "from ..sparse import mask", "effattn_jax.sparse.mask"),
         ("effattn_jax/linear/gla.py", "def f():\n    from flax import nnx", "flax.nnx"),
+        ("effattn_jax/sparse/mask.py", "from effattn_jax.linear.chunks import f", "effattn_jax.linear.chunks.f"),
         ("effattn_jax/sparse/mask.py", "if True:\n    import effattn_jax.layers as l", "effattn_jax.layers"),
         ("effattn_jax/models/block.py", "from effattn_jax.training.step import f", "effattn_jax.training.step.f"),
         ("effattn_jax/training/loop.py", "from experiments.train import main", "experiments.train.main"),

@@ -11,11 +11,17 @@ from tests.linear.suite import Engine
 
 def log_decays(rng, shape, strength):
     """mild: e^g all over (0, 1); weak: e^g near 1; strong: -30 on a fifth of the tokens, between weak ones;
-    heavy: the mild ones times 12; extreme: -30 everywhere."""
+    heavy: e^g from 1e-7 to 1e-3; extreme: -30 everywhere."""
     mild = -np.logaddexp(0, rng.standard_normal(shape))
     weak = -0.01 * np.abs(rng.standard_normal(shape))
     strong = np.where(rng.permuted(np.arange(weak.size) % 5 == 0).reshape(shape), -30, weak)
-    g = {"mild": mild, "weak": weak, "strong": strong, "heavy": 12 * mild, "extreme": np.full(shape, -30)}[strength]
+    g = {
+        "mild": mild,
+        "weak": weak,
+        "strong": strong,
+        "heavy": rng.uniform(-16, -7, shape),
+        "extreme": np.full(shape, -30),
+    }[strength]
     return g.astype(np.float32)
 
 
