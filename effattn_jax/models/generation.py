@@ -44,13 +44,15 @@ def generate(
     continues as if it were alone. `key` is needed unless the temperature is 0.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, or sampling options out of range.
+      ValueError: an empty prompt, a prompt or stop token outside the vocabulary, or sampling options out of range.
     """
     sampling.check(model.vocab_size)
     if max_new_tokens < 1:
         checks.fail("max_new_tokens", max_new_tokens, "at least 1")
     if prefill_chunk < 1:
         checks.fail("prefill_chunk", prefill_chunk, "at least 1")
+    if any(not 0 <= token < model.vocab_size for token in stop_tokens):
+        checks.fail("stop_tokens", tuple(stop_tokens), f"tokens 0 .. {model.vocab_size - 1}")
     if key is None and sampling.temperature > 0:
         checks.fail("key", None, "a jax.random key, since temperature > 0")
     tokens, padding = _pad(prompts, model.vocab_size, prefill_chunk)
@@ -74,10 +76,12 @@ def _pad(
     prompts: Sequence[Sequence[int] | np.ndarray], vocab_size: int, chunk: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Rows of one length, a multiple of the chunk where longer than one, and the padding at the front of each."""
-    rows = [np.asarray(prompt, np.int32) for prompt in prompts]
+    rows = [np.asarray(prompt) for prompt in prompts]
     for i, row in enumerate(rows):
         if row.ndim != 1 or not row.size:
             checks.fail(f"prompts[{i}]", f"shape {row.shape}", "at least one token")
+        if not np.issubdtype(row.dtype, np.integer):
+            checks.fail(f"prompts[{i}]", f"dtype {row.dtype}", "integers")
         if row.min() < 0 or row.max() >= vocab_size:
             checks.fail(f"prompts[{i}]", f"tokens {row.min()} .. {row.max()}", f"tokens 0 .. {vocab_size - 1}")
     if not rows:
@@ -85,7 +89,7 @@ def _pad(
     longest = max(len(row) for row in rows)
     length = longest if longest <= chunk else -(-longest // chunk) * chunk
     padding = np.asarray([length - len(row) for row in rows], np.int32)
-    return np.stack([np.pad(row, (length - len(row), 0)) for row in rows]), padding
+    return np.stack([np.pad(row.astype(np.int32), (length - len(row), 0)) for row in rows]), padding
 
 
 @functools.partial(jax.jit, donate_argnums=(2,))
