@@ -58,8 +58,9 @@ def filled(make: Callable[[], nnx.Module]) -> nnx.Module:
     plan = blueprint(make)
     parameters = {}
     for key, leaf in plan.shapes.items():
+        own = leaf.shape[-sum(axis is not None for axis in plan.axes[key]) :]  # without an axis of repetitions
         x = random(key, *leaf.shape)
-        x = x * leaf.shape[0] ** -0.5 if leaf.ndim > 1 else x * 0.5 + float(key.endswith("scale"))
+        x = x * own[0] ** -0.5 if len(own) > 1 else x * 0.5 + float(key.endswith("scale"))
         parameters[key] = jnp.asarray(x, jnp.float32)
     return plan.model(parameters)
 
