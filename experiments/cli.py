@@ -28,19 +28,20 @@ def run(main: Callable[[ConfigDict, str], None], description: str | None) -> Non
     if any(argument in ("--help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
         print(_help(description, argv))
         return
+    path = _config_path(argv)
+    if path and not os.path.isfile(path):
+        _stop(f"--config: no such file: {path}", 2)
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
         _stop(str(error), 2)
-    except FileNotFoundError as error:
-        _stop(f"--config: no such file: {_config_path(argv)} ({error.strerror or 'not found'})", 2)
     except (AttributeError, KeyError) as error:
         _stop(_unknown_field(argv) or f"--config: {error}", 2)
     if rest:
         _stop(f"got the argument {rest[0]!r}; everything is a flag: --config.<field>=<value>", 2)
     if CONFIG.value is None:
         _stop("--config is needed, for example --config=configs/quickstart.py (--help shows all flags)", 2)
-    name = os.path.splitext(os.path.basename(_config_path(argv)))[0]
+    name = os.path.splitext(os.path.basename(path))[0]
     try:
         main(CONFIG.value, os.path.abspath(WORKDIR.value or os.path.join("runs", name)))
     except EXPECTED as error:

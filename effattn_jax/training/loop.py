@@ -24,10 +24,10 @@ from effattn_jax.training.optimizer import make_schedule
 from effattn_jax.training.preflight import check_workdir, checkpoint_bytes
 from effattn_jax.training.profile import ProfileWindow
 from effattn_jax.training.progress import TrainProgress
-from effattn_jax.training.setup import Setup, heldout_batches, make_setup, train_stream
+from effattn_jax.training.setup import heldout_batches, make_setup, train_stream
 from effattn_jax.training.sharding import global_batch
 from effattn_jax.training.signals import StopSignal
-from effattn_jax.training.step import Batch, TrainState, make_train_step
+from effattn_jax.training.step import Batch, TrainState
 
 
 class Result(NamedTuple):
@@ -82,7 +82,7 @@ def train(config: ConfigDict, workdir: str) -> Result:
             progress.log(f"resumed after step {start}")
 
         batch = global_batch(next(stream), setup.mesh)
-        train_step = _compile(setup, config, state, batch, progress.log)
+        train_step = _compile(setup.train_step, state, batch, progress.log)
         evaluation_step = make_evaluation_step(setup.blueprint, setup.mesh)
         evaluation: Evaluation | None = None
         journal = Journal(
@@ -133,12 +133,9 @@ def _whole(parts: dict[str, Any]) -> TrainState:
 
 
 def _compile(
-    setup: Setup, config: ConfigDict, state: TrainState, batch: Batch, report: Callable[[str], None]
+    step: Any, state: TrainState, batch: Batch, report: Callable[[str], None]
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The step as a compiled program, with a line on how long that took and what it needs."""
-    step: Any = make_train_step(
-        setup.blueprint, setup.optimizer, setup.mesh, microbatches=config.train.microbatches, form=config.train.step
-    )
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     seconds = time.perf_counter() - began

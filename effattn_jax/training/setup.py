@@ -18,7 +18,7 @@ from effattn_jax.training.data import load_tokenizer as load
 from effattn_jax.training.optimizer import make_optimizer
 from effattn_jax.training.preflight import check_batch
 from effattn_jax.training.sharding import batch_sharding, batch_shards, make_mesh
-from effattn_jax.training.step import TrainState, decay_mask, state_shardings
+from effattn_jax.training.step import TrainState, decay_mask, make_train_step, state_shardings
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -31,6 +31,7 @@ class Setup(NamedTuple):
     mesh: Mesh
     optimizer: optax.GradientTransformation
     make_state: Callable[[], TrainState]
+    train_step: Any  # a jitted function, see make_train_step
     shardings: TrainState
 
 
@@ -50,7 +51,8 @@ def make_setup(config: ConfigDict) -> Setup:
         parameters = parameters_of(make_model())
         return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
 
-    return Setup(tokenizer, plan, mesh, optimizer, make_state, shardings)
+    step = make_train_step(plan, optimizer, mesh, microbatches=config.train.microbatches, form=config.train.step)
+    return Setup(tokenizer, plan, mesh, optimizer, make_state, step, shardings)
 
 
 def model_maker(config: ConfigDict, tokens: int) -> Callable[[], LanguageModel]:

@@ -88,7 +88,8 @@ def make_train_step(
     form "jit": one program over the mesh, the partitioner places the collectives. "shard_map": every device computes on
     its own rows and sums gradients with an explicit `psum`; parameters are whole on every device.
     """
-    checks.check_choice("step", form, FORMS)
+    if form not in FORMS:
+        checks.fail("train.step", repr(form), f"one of {', '.join(FORMS)}")
     sums: Callable[[Parameters, Batch], Sums] = functools.partial(gradient_sums, blueprint, microbatches=microbatches)
     if form == "shard_map":
         sums = _data_parallel(sums, mesh)
