@@ -81,7 +81,7 @@ def test_shapes_and_dtypes(name, dtype):
 
 @EVERY
 def test_bfloat16_follows_float32(name):
-    x = jnp.asarray(inputs(24), jnp.bfloat16)
+    x = jnp.asarray(inputs(LENGTH), jnp.bfloat16)
     got = forward(layer(name, jnp.bfloat16), x)
     agree(forward(layer(name), x.astype(jnp.float32)), got.astype(jnp.float32), limit=BFLOAT16_LAYER)
 
@@ -105,17 +105,17 @@ def test_any_split_is_one_pass(name, sizes):
 @EVERY
 def test_packed_documents_are_separate_rows(name):
     """Each document at the start of a row of its own; what follows there cannot matter, the layer being causal."""
-    x, starts = inputs(PACKED), np.cumsum((0, *DOCUMENTS))
-    for row in range(BATCH):
-        alone = random("junk", len(DOCUMENTS), max(DOCUMENTS), DIM)
-        for i, size in enumerate(DOCUMENTS):
-            alone[i, :size] = x[row, starts[i] : starts[i] + size]
-        y = np.asarray(forward(layer(name), alone))
-        agree(np.concatenate([y[i, :size] for i, size in enumerate(DOCUMENTS)]), packed_pass(name)[row])
+    x, want, start = inputs(PACKED), [], 0
+    for size in DOCUMENTS:
+        alone = random("junk", BATCH, LENGTH, DIM)
+        alone[:, :size] = x[:, start : start + size]
+        want.append(np.asarray(forward(layer(name), alone))[:, :size])
+        start += size
+    agree(np.concatenate(want, axis=1), packed_pass(name))
 
 
 @EVERY
-@pytest.mark.parametrize("sizes", [(4,) * 6, (5, 5, 5, 5, 4), (4, 5, 1, 5, 4, 1, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(4,) * 6, (5, 5, 5, 5, 4), (4, 5, 5, 5, 5)], ids=str)
 def test_packed_row_in_pieces_is_one_pass(name, sizes):
     """At boundaries of documents and inside them; documents shorter and longer than a piece."""
     agree(packed_pass(name), in_calls(name, inputs(PACKED), sizes, IDS))
