@@ -8,6 +8,7 @@ themselves when started with --distributed.
 
 import json
 import os
+import statistics
 
 import jax
 from absl import flags
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from effattn_jax.distributed.runtime import initialize
 from effattn_jax.models import Sampling, generate
+from effattn_jax.models.sizes import format_bytes
 from effattn_jax.training.data import (
     bigram_bits_per_byte,
     evaluation_documents,
@@ -23,6 +25,7 @@ from effattn_jax.training.data import (
     open_source,
 )
 from effattn_jax.training.loop import Result, train
+from effattn_jax.training.metrics import read_metrics
 from effattn_jax.training.plot import plot_losses
 from effattn_jax.training.setup import make_setup
 from experiments import cli
@@ -56,7 +59,8 @@ def report(config: ConfigDict, workdir: str, result: Result) -> None:
         train_key="loss_bits" if by_bytes else "none",
         title=f"{os.path.basename(workdir)}: {config.data.name}",
     )
-    summary = {"step": result.step, "bits_per_byte": scores, "heldout_bytes": result.evaluation.bytes}
+    speed = speeds(os.path.join(workdir, "metrics.jsonl"))
+    summary = {"step": result.step, "bits_per_byte": scores, "heldout_bytes": result.evaluation.bytes} | speed
     with open(os.path.join(workdir, "summary.json"), "w") as file:
         json.dump(summary, file, indent=2)
         file.write("\n")
@@ -64,12 +68,27 @@ def report(config: ConfigDict, workdir: str, result: Result) -> None:
     print(f"\nheld-out text, {result.evaluation.bytes:,} bytes ({bytes_per_token:.2f} bytes a token), bits per byte:")
     for name, value in sorted(scores.items(), key=lambda score: score[1]):
         print(f"  {name:<24}{value:6.3f}")
+    mfu = f", {speed['mfu']:.1%} of the device's peak (MFU)" if "mfu" in speed else ""
+    peak = f", {format_bytes(speed['peak_bytes'])} of device memory at most" if "peak_bytes" in speed else ""
+    print(f"\ntraining ran at {speed['tokens_per_second']:,.0f} tokens per second{mfu}{peak}")
     if config.report.tokens:
         print(f"\na sample after {config.report.prompt!r}:")
         print(_indent(sample(config, result)))
     print(f"\nfiles of this run, in {workdir}:")
     print("  loss.png       the learning curve          metrics.jsonl  every number of it")
     print("  checkpoints/   to resume or generate from  summary.json, config.json")
+
+
+def speeds(metrics_path: str) -> dict[str, float]:
+    """Medians over the run, and the most memory that its device held."""
+    lines = [line for line in read_metrics(metrics_path) if line["split"] == "train"]
+    medians = {
+        name: statistics.median(line[name] for line in lines)
+        for name in ("tokens_per_second", "mfu")
+        if all(name in line for line in lines)
+    }
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return medians | ({"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {})
 
 
 def heldout_baselines(config: ConfigDict) -> dict[str, float]:

@@ -66,6 +66,9 @@ def main(implementations):
         for implementation in implementations:
             try:
                 ratios = check(implementation=implementation, **case)
+            except NotImplementedError as refusal:
+                print(f"{name:26s} {implementation:6s} refused: {refusal.__cause__}")
+                continue
             except Exception as error:
                 failed += 1
                 print(f"{name:26s} {implementation:6s} FAILED {type(error).__name__}: {str(error).splitlines()[0]}")
