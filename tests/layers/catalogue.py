@@ -38,7 +38,8 @@ RECORDS = {
 EVERY = pytest.mark.parametrize("name", RECORDS)
 
 # Tests compile much and compute little.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def random(name: str, *shape: int) -> np.ndarray:

@@ -27,8 +27,8 @@ from tests.layers.catalogue import (
 
 LENGTH, DECODED = 70, 6
 CAPACITY = 2 * LENGTH
-PREFILLS = (0, 1, 3, 4, 5, 6, 64)  # windows and convolutions are 4 or 5 wide, chunks 64
-SPLITS = ((64, 6), (1, 64, 5), (3, 4, 5, 6, 1, 3, 3, 1, 1, 4, 6, 5, 4, 5, 3, 6, 6, 4))
+PREFILLS = (0, 1, 3, 4, 5, 64)  # about windows of 4 and 5, filters of 4 and 5 taps, chunks of 64
+SPLITS = ((64, 5, 1), (1, 64, 5), (3, 4, 5, 5, 1, 3, 3, 1, 1, 4, 5, 5, 4, 5, 3, 5, 5, 4, 4))
 
 DOCUMENTS = (1, 3, 5, 1, 1, 6, 4, 2, 1)
 PACKED = sum(DOCUMENTS)
