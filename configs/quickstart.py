@@ -16,15 +16,15 @@ def get_config() -> ConfigDict:
     config.model.dim = 160
     config.model.mlp_dim = 448
     config.model.mixers = {
-        "mamba2": {"head_dim": 80, "state_dim": 32},
+        "mamba2": {"head_dim": 40, "state_dim": 32},
         "local": {"kind": "attention", "heads": 4, "kv_heads": 2, "window": 128, "qk_norm": True},
     }
     config.data.batch_size = 4
     config.data.sequence_length = 512
     config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_steps = 30
-    config.train.steps = 560
-    config.train.eval_every = 140
-    config.train.checkpoint_every = 140
+    config.train.steps = 600
+    config.train.eval_every = 150
+    config.train.checkpoint_every = 150
     config.eval.max_bytes = 100_000
     return config

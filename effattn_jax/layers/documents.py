@@ -9,15 +9,15 @@ NONE = -1  # the state has met no document yet
 
 def first_document(segment_ids: SegmentIds) -> Int[Array, " B"]:
     """Id of the first real token of each row; -1 where a row is all padding."""
-    real = segment_ids >= 0
-    first = jnp.take_along_axis(segment_ids, jnp.argmax(real, axis=1)[:, None], axis=1)[:, 0]
-    return jnp.where(real.any(axis=1), first, NONE)
+    largest = jnp.iinfo(segment_ids.dtype).max
+    first = jnp.min(jnp.where(segment_ids >= 0, segment_ids, largest), axis=1, initial=largest)
+    return jnp.where(first == largest, NONE, first)
 
 
 def last_document(segment_ids: SegmentIds, before: Int[Array, " B"]) -> Int[Array, " B"]:
     """Id of the last real token of each row; `before` where a row is all padding."""
-    real = segment_ids >= 0
-    return jnp.where(real.any(axis=1), jnp.max(segment_ids, axis=1), before)
+    last = jnp.max(segment_ids, axis=1, initial=NONE)
+    return jnp.where(last >= 0, last, before)
 
 
 def continues(segment_ids: SegmentIds, document: Int[Array, " B"]) -> Bool[Array, " B"]:

@@ -44,7 +44,7 @@ class ShortConvolution(nnx.Module):
     ) -> tuple[Hidden, Float[Array, "B W-1 D"] | None]:
         """A state, if given, belongs to the first document of each row."""
         x = x.astype(self.dtype)
-        if state is None or segment_ids is None:
+        if state is None or segment_ids is None or x.shape[1] == 0:
             y, extended, _ = self._convolve(x, state, segment_ids)
             return y, None if state is None else extended[:, x.shape[1] :]
         # Leading padding would stand between the state and the first token: turn it to the end, then back.

@@ -49,12 +49,12 @@ def plot_losses(
             *zip(*validation, strict=True), color=_VALIDATION, linewidth=2, marker="o", markersize=3.5, label="held out"
         )
         step, value = validation[-1]
-        axes.annotate(f"{value:.3f}", (step, value), (6, 0), textcoords="offset points", va="center", color=_VALIDATION)
+        axes.annotate(f"{value:.3f}", (step, value), (0, 7), textcoords="offset points", ha="center", color=_VALIDATION)
     for rank, (label, value) in enumerate(sorted((baselines or {}).items(), key=lambda line: line[1])):
         axes.axhline(value, color=_BASELINE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
             f"{label} {value:.3f}",
-            (1 - 0.22 * (rank % 3), value),  # side by side, so that lines close to each other stay readable
+            (0.7 - 0.2 * (rank % 3), value),  # side by side, so that lines close to each other stay readable
             (-4, 0),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",

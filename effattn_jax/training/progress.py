@@ -32,10 +32,11 @@ class TrainProgress:
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._steps, self._start, self._active = steps, start, active
+        self._steps, self._active = steps, active
+        self._first: tuple[int, float] | None = None  # the first step shown, and when
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._interval, self._clock = interval, clock
-        self._began = self._shown = clock()
+        self._shown = clock()
         self._live = active and self._console.is_terminal
         self._bar = RichProgress(
             BarColumn(bar_width=20),
@@ -50,8 +51,7 @@ class TrainProgress:
 
     def __enter__(self) -> Self:
         self._bar.start()
-        self._began = self._clock()
-        self._shown = self._began - self._interval  # the first update is shown
+        self._shown = self._clock() - self._interval  # the first update is shown
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,8 +62,10 @@ class TrainProgress:
         if not self._active:
             return
         now = self._clock()
-        done = step - self._start
-        left = (now - self._began) / done * (self._steps - step) if done > 0 else None
+        if self._first is None:  # what came before, compilation above all, says nothing of the time left
+            self._first = step, now
+        first, began = self._first
+        left = (now - began) / (step - first) * (self._steps - step) if step > first else None
         numbers = numbers_text(loss, tokens_per_second, mfu, left)
         if self._live:
             self._bar.update(self._task, completed=step, numbers=numbers)
