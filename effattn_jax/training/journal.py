@@ -51,10 +51,10 @@ class Journal:
         numbers = {name: float(value) for name, value in values.items()}
         loss = numbers["loss"]
         if not all(map(math.isfinite, numbers.values())):
-            good = (
-                "there is no checkpoint yet" if last_good is None else f"the last good checkpoint is step {last_good}"
-            )
-            raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {step}: training stops; {good}")
+            got = ", ".join(f"{name.replace('_', ' ')} {number:g}" for name, number in numbers.items())
+            good = last_good()
+            where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
+            raise NonFiniteLoss(f"step {step} is not finite ({got}): training stops; {where}")
         self._ends.append(time.perf_counter() - self._paused)
         steps_per_second = (len(self._ends) - 1) / (self._ends[-1] - self._ends[0])
         speed = steps_per_second * self._workload.tokens
