@@ -92,20 +92,25 @@ def train(config: ConfigDict, workdir: str) -> Result:
             _workload(config, training_flops_per_token(model, config.data.sequence_length)),
             config.train.log_every,
         )
+
+        def last_good() -> int | None:
+            checkpoints.wait()  # one may be on its way to disk
+            return checkpoints.latest_step()
+
         step, pending, stopped = start, None, False
         while step < config.train.steps and not stopped:
             profile.step(step, state.step)
             state, values = train_step(state, batch)
             step += 1
             if pending is not None:  # one step late, so that the device never waits for the host
-                journal.step(*pending, checkpoints.latest_step)
+                journal.step(*pending, last_good)
             pending = (step, values)
             last = step == config.train.steps
             stopped = not last and _agreed(stop.requested, step, config.train.log_every)
             saves = last or stopped or step % config.train.checkpoint_every == 0
             evaluates = last or step % config.train.eval_every == 0
             if saves or evaluates:
-                journal.step(*pending, checkpoints.latest_step)
+                journal.step(*pending, last_good)
                 pending = None
                 with journal.paused():
                     if evaluates:  # before saving: what a checkpoint stands for has then been written down
