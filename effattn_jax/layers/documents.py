@@ -9,6 +9,7 @@ NONE = -1  # the state has met no document yet
 
 def first_document(segment_ids: SegmentIds) -> Int[Array, " B"]:
     """Id of the first real token of each row; -1 where a row is all padding."""
+    segment_ids = jnp.asarray(segment_ids)
     largest = jnp.iinfo(segment_ids.dtype).max
     first = jnp.min(jnp.where(segment_ids >= 0, segment_ids, largest), axis=1, initial=largest)
     return jnp.where(first == largest, NONE, first)

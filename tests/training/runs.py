@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from effattn_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+CACHE = tempfile.TemporaryDirectory(prefix="compiled-")  # the runs of a test session compile the same programs
 
 
 def start(workdir: Path, *overrides: str, devices: int = 1, experiment: str = "train", **environment: str):
@@ -24,7 +26,12 @@ def start(workdir: Path, *overrides: str, devices: int = 1, experiment: str = "t
         ],
         cwd=ROOT,
         env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }
         | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
