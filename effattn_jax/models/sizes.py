@@ -1,7 +1,7 @@
 """How large a model is: parameters, what it remembers per sequence, and the arithmetic of a training token."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -63,8 +63,3 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
-
-
-def describe(model: LanguageModel, max_length: int) -> dict[str, Any]:
-    """The sizes as a dictionary, for a run's records."""
-    return sizes(model, max_length)._asdict()
