@@ -13,6 +13,7 @@ def base() -> ConfigDict:
     model.pattern            names of mixers, one a block; the pattern repeats model.repeats times
     model.mixers.<name>      options of a mixer; `kind` names it where <name> does not
     model.dim, .mlp_dim      residual stream; hidden size of the feed-forward layers (0: none)
+    model.mlp                their kind: "swiglu" or a channel mix of RWKV
     model.vocab_size         rows of the embedding; None: the tokenizer's
     model.dtype              of computation, "float32" or "bfloat16"; parameters are float32
     model.remat              recompute blocks in the backward pass
@@ -50,6 +51,7 @@ def base() -> ConfigDict:
             "model": {
                 "dim": 256,
                 "mlp_dim": 704,
+                "mlp": "swiglu",
                 "pattern": ("mamba2", "mamba2", "mamba2", "local"),
                 "repeats": 1,
                 "mixers": {"mamba2": {}, "local": {"kind": "attention", "heads": 4, "window": 128}},

@@ -8,7 +8,8 @@ from flax import nnx
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation
-from effattn_jax.layers.documents import NONE, continues, last_document
+from effattn_jax.layers.documents import forget_other_documents, new_document, no_document
+from effattn_jax.layers.initializers import dt_bias
 from effattn_jax.layers.projection import Projection
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.layers.short_convolution import ShortConvolution
@@ -67,7 +68,7 @@ class Mamba2(nnx.Module):
         self.A_log = nnx.Param(
             jnp.log(jax.random.uniform(rngs.params(), (heads,), jnp.float32, 1, 16)), axes=("heads",)
         )
-        self.dt_bias = nnx.Param(_inverse_softplus(_log_uniform(rngs.params(), heads)), axes=("heads",))
+        self.dt_bias = nnx.Param(dt_bias(rngs.params(), (heads,)), axes=("heads",))
         self.D = nnx.Param(jnp.ones((heads,), jnp.float32), axes=("heads",))
         self.norm = RMSNorm(inner, groups=groups, eps=norm_eps, axis="heads", dtype=dtype)
         self.out_proj = Projection(inner, dim, ("heads", "embed"), dtype=dtype, rngs=rngs)
@@ -78,7 +79,7 @@ class Mamba2(nnx.Module):
             memory=jnp.zeros((batch_size, self.heads, self.state_dim, self.head_dim), jnp.float32),
             x_tail=self.x_conv.init_state(batch_size),
             bc_tail=self.bc_conv.init_state(batch_size),
-            document=jnp.full((batch_size,), NONE, jnp.int32),
+            document=no_document(batch_size),
         )
 
     def mixing_flops(self, length: int) -> float:
@@ -95,8 +96,8 @@ class Mamba2(nnx.Module):
     ) -> tuple[Hidden, Mamba2State | None]:
         """`positions` is of no consequence here: the recurrence knows the order."""
         checks.check_segment_ids(segment_ids, *x.shape[:2])
-        if state is not None and segment_ids is not None:
-            state = _forget_other_documents(state, segment_ids)
+        if state is not None:
+            state = forget_other_documents(state, segment_ids)
         memory, x_tail, bc_tail = (None, None, None) if state is None else state[:3]
 
         z, inner = self.z_proj(x), self.x_proj(x)
@@ -120,23 +121,4 @@ class Mamba2(nnx.Module):
         y = self.out_proj(self.norm(y * jax.nn.silu(z.astype(jnp.float32))))
         if state is None or x_tail is None or bc_tail is None:
             return y, None
-        # Tokens without ids continue the last document, at first document 0.
-        document = jnp.maximum(state.document, 0)
-        if segment_ids is not None:
-            document = last_document(segment_ids, state.document)
-        return y, Mamba2State(memory, x_tail, bc_tail, document)
-
-
-def _forget_other_documents(state: Mamba2State, segment_ids: SegmentIds) -> Mamba2State:
-    keep = continues(segment_ids, state.document)
-    clear = lambda x: jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)  # noqa: E731
-    return Mamba2State(clear(state.memory), clear(state.x_tail), clear(state.bc_tail), state.document)
-
-
-def _log_uniform(key: Array, heads: int, low: float = 1e-3, high: float = 1e-1) -> Array:
-    """Steps dt that start between `low` and `high`, uniform in their logarithm."""
-    return jnp.exp(jax.random.uniform(key, (heads,), jnp.float32, jnp.log(low), jnp.log(high)))
-
-
-def _inverse_softplus(dt: Array) -> Array:
-    return dt + jnp.log(-jnp.expm1(-dt))
+        return y, Mamba2State(memory, x_tail, bc_tail, new_document(state.document, segment_ids))

@@ -1,6 +1,6 @@
 """Causal depthwise convolution over a few tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn_jax import checks
-from effattn_jax.typing import Array, Float, Hidden, Int, SegmentIds
+from effattn_jax.layers.history import over_history
+from effattn_jax.typing import Array, Float, Hidden, SegmentIds
 
 
 class ShortConvolution(nnx.Module):
@@ -24,6 +25,7 @@ class ShortConvolution(nnx.Module):
         width: int = 4,
         *,
         activation: Callable[[Array], Array] = jax.nn.silu,
+        bias: bool = True,
         axis: str = "heads",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -33,7 +35,7 @@ class ShortConvolution(nnx.Module):
         bound = width**-0.5
         taps = jax.random.uniform(rngs.params(), (width, dim), jnp.float32, -bound, bound)
         self.taps = nnx.Param(taps, axes=("conv", axis))
-        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32), axes=(axis,)) if bias else None
         self.dim, self.width, self.activation, self.dtype = dim, width, activation, dtype
 
     def init_state(self, batch_size: int) -> Float[Array, "B W-1 D"]:
@@ -43,37 +45,10 @@ class ShortConvolution(nnx.Module):
         self, x: Hidden, state: Float[Array, "B W-1 D"] | None = None, *, segment_ids: SegmentIds | None = None
     ) -> tuple[Hidden, Float[Array, "B W-1 D"] | None]:
         """A state, if given, belongs to the first document of each row."""
-        x = x.astype(self.dtype)
-        if state is None or segment_ids is None or x.shape[1] == 0:
-            y, extended, _ = self._convolve(x, state, segment_ids)
-            return y, None if state is None else extended[:, x.shape[1] :]
-        # Leading padding would stand between the state and the first token: turn it to the end, then back.
-        real = segment_ids >= 0
-        segment_ids = jnp.where(real, segment_ids, -1)
-        leading = jnp.argmax(real, axis=1)
-        turn = jax.vmap(lambda row, shift: jnp.roll(row, shift, axis=0))
-        y, extended, ids = self._convolve(turn(x, -leading), state, turn(segment_ids, -leading))
-        last = jnp.sum(real, axis=1)[:, None] + jnp.arange(self.width - 1)
-        tail = jnp.take_along_axis(extended, last[:, :, None], axis=1)
-        # A new document may begin in the tail: what is before is not for the tokens to come.
-        same = jnp.take_along_axis(ids, last, axis=1) == jnp.max(segment_ids, axis=1)[:, None]
-        return turn(y, leading), jnp.where(same[:, :, None], tail, 0)
+        return over_history(self._filter, x.astype(self.dtype), state, segment_ids, width=self.width)
 
-    def _convolve(
-        self, x: Array, state: Array | None, segment_ids: Array | None
-    ) -> tuple[Array, Array, Int[Array, "B W-1+T"]]:
-        """The outputs, and the inputs with those of the state before them, and their documents."""
-        batch, length, _ = x.shape
-        before = self.init_state(batch) if state is None else state.astype(self.dtype)
-        extended = jnp.concatenate([before, x], axis=1)
-        ids = jnp.zeros(extended.shape[:2], jnp.int32)
-        if segment_ids is not None:
-            first = jnp.broadcast_to(segment_ids[:, :1], (batch, self.width - 1))
-            ids = jnp.concatenate([first, segment_ids], axis=1)
-        y = self.bias[...].astype(self.dtype)
-        for i, tap in enumerate(self.taps[...].astype(self.dtype)):
-            seen = extended[:, i : i + length]
-            if segment_ids is not None:
-                seen = jnp.where((ids[:, i : i + length] == segment_ids)[:, :, None], seen, 0)
-            y = y + tap * seen
-        return self.activation(y), extended, ids
+    def _filter(self, seen: Sequence[Array]) -> Array:
+        y = jnp.zeros_like(seen[0]) if self.bias is None else self.bias[...].astype(self.dtype)
+        for tap, x in zip(self.taps[...].astype(self.dtype), seen, strict=True):
+            y = y + tap * x
+        return self.activation(y)

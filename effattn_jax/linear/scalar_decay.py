@@ -7,20 +7,22 @@ arXiv:2307.08621), Lightning Attention-2 (Qin et al. 2024, arXiv:2401.04658) and
 v = dt x; Dao & Gu 2024, arXiv:2405.21060).
 """
 
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.linear.affine import DiagonalMap, diagonal_map, entering_states
+from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
 from effattn_jax.linear.chunks import from_chunks, to_chunks
 from effattn_jax.linear.decay import constant_decay_sum, decay_sum, pairwise_decay
+from effattn_jax.linear.recurrence import recurrence
 from effattn_jax.linear.segments import chunk_masks
-from effattn_jax.precision import accumulation_dtype, contract, zeros_varying
+from effattn_jax.precision import accumulation_dtype, contract
 from effattn_jax.typing import Array, Float, HeadDecay, Keys, MatrixState, Queries, SegmentIds, Values
 
-FORMS = ("recurrent", "parallel", "chunkwise")
+__all__ = ["FORMS", "scalar_decay", "scalar_decay_map"]
 
 
 def scalar_decay(
@@ -50,7 +52,8 @@ def scalar_decay(
       segment_ids: [B, T] documents of packed rows, never decreasing along a row; memory does not cross documents.
         Negative ids mark padding: such a token writes nothing, reads zero and lets the state pass.
       form: "recurrent" (`lax.scan` over tokens), "parallel" (quadratic in T), "chunkwise" (matrix products over chunks,
-        a scan over chunks), three algorithms for one answer. None takes the single step for T = 1, else chunkwise.
+        a scan over chunks), "associative" (the same, chunks combined by `lax.associative_scan`): algorithms for one
+        answer. None takes the single step for T = 1, else chunkwise.
       implementation: where it runs, see `effattn_jax.dispatch`; "xla" is there.
 
     Returns:
@@ -61,16 +64,12 @@ def scalar_decay(
     Raises:
       ValueError: shapes, dtypes, head counts, form or segment ids that do not fit.
     """
-    heads = _check(q, k, v, log_decay, initial_state, segment_ids, form)
+    heads = check_memory(q, k, v, initial_state, segment_ids, form)
     batch, length, _, key_dim = q.shape
-    if form is None:
-        form = "recurrent" if length == 1 else "chunkwise"
-    accumulate = accumulation_dtype(q.dtype)
     if log_decay is None:
-        log_decay = jnp.zeros((heads,), accumulate)
-    if initial_state is None:
-        shape = (batch, heads, key_dim, v.shape[-1])
-        initial_state = zeros_varying(shape, accumulate, q, k, v, log_decay)
+        log_decay = jnp.zeros((heads,), accumulation_dtype(q.dtype))
+    check_gate("log_decay", log_decay, ((heads,), "[H]"), ((batch, length, heads), "[B, T, H]"))
+    accumulate = accumulation_dtype(q.dtype)
     out, state = dispatch(
         "scalar_decay",
         {"xla": _xla},
@@ -80,9 +79,9 @@ def scalar_decay(
         k,
         v,
         log_decay.astype(accumulate),
-        initial_state.astype(accumulate) + zeros_varying(initial_state.shape, accumulate, q, k, v, log_decay),
+        start_state(initial_state, (batch, heads, key_dim, v.shape[-1]), accumulate, q, k, v, log_decay),
         segment_ids,
-        form,
+        choose_form(form, length),
     )
     out = out * (key_dim**-0.5 if scale is None else scale)
     return out.astype(q.dtype), state
@@ -99,15 +98,31 @@ def _xla(
 ) -> tuple[Array, Array]:
     heads = initial_state.shape[1]
     if form == "recurrent":
-        q, k, v = (jnp.repeat(x.astype(initial_state.dtype), heads // x.shape[2], axis=2) for x in (q, k, v))
+        q, k, v = (repeat_heads(x.astype(initial_state.dtype), heads) for x in (q, k, v))
         log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], heads))
-        segment_ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return recurrent(q, k, v, log_decay, initial_state, segment_ids)
     groups = heads if q.shape[2] != k.shape[2] else q.shape[2]
-    q, k = (jnp.repeat(x, groups // x.shape[2], axis=2) for x in (q, k))
-    v = jnp.repeat(v, heads // v.shape[2], axis=2)
-    algorithm = parallel if form == "parallel" else jax.checkpoint(chunkwise)
-    return algorithm(q, k, v, log_decay, initial_state, segment_ids)
+    q, k, v = repeat_heads(q, groups), repeat_heads(k, groups), repeat_heads(v, heads)
+    if form == "parallel":
+        return parallel(q, k, v, log_decay, initial_state, segment_ids)
+    chunks = functools.partial(chunkwise, associative=form == "associative")
+    return jax.checkpoint(chunks)(q, k, v, log_decay, initial_state, segment_ids)
+
+
+def scalar_decay_map(
+    k: Keys, v: Values, log_decay: HeadDecay | None = None, *, segment_ids: SegmentIds | None = None
+) -> DiagonalMap:
+    """What these tokens do to the state before them, S -> P S + R: P = e^{g_1 + ... + g_T}, R = their final state.
+
+    `log_decay` has one head for each head of `v`. P is 0 where a document ends among the tokens.
+    """
+
+    def final_state(state: Array, write: bool) -> Array:
+        values = v if write else jnp.zeros_like(v[..., :1])
+        keys = jnp.zeros_like(k[:, :, : k.shape[2]])
+        return scalar_decay(keys, k, values, log_decay, initial_state=state, segment_ids=segment_ids)[1]
+
+    return diagonal_map(final_state, k, max(k.shape[2], v.shape[2]), k.shape[-1], v.shape[-1])
 
 
 def recurrent(
@@ -116,41 +131,16 @@ def recurrent(
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H"],
     initial_state: MatrixState,
-    segment_ids: SegmentIds,
+    segment_ids: SegmentIds | None,
 ) -> tuple[Float[Array, "B T H V"], MatrixState]:
     """The equation, token by token."""
 
-    def step(carry: tuple[Array, Array], token: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        state, document = carry
-        q, k, v, g, segment = token
-        real = segment >= 0
-        begins = real & (document >= 0) & (segment != document)
-        decayed = jnp.where(begins[:, None, None, None], 0, jnp.exp(g)[:, :, None, None] * state)
-        written = decayed + k[:, :, :, None] * v[:, :, None, :]
-        state = jnp.where(real[:, None, None, None], written, state)
-        out = contract("bhkv,bhk->bhv", state, q) * real[:, None, None]
-        return (state, jnp.where(real, segment, document)), out
+    def step(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v, g = token
+        state = jnp.exp(g)[:, :, None, None] * state + k[:, :, :, None] * v[:, :, None, :]
+        return state, contract("bhkv,bhk->bhv", state, q)
 
-    no_document = jnp.full_like(segment_ids, -1, shape=segment_ids.shape[:1])
-    tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_decay, segment_ids))
-    (state, _), out = _scan_checkpointed(step, (initial_state, no_document), tokens)
-    return jnp.moveaxis(out, 0, 1), state
-
-
-def _scan_checkpointed(step, carry, tokens):  # type: ignore[no-untyped-def]
-    """`lax.scan` whose backward pass keeps a carry per sqrt(T) tokens instead of one per token."""
-    length = tokens[0].shape[0]
-    inner = max(1, math.isqrt(length))
-    whole = length // inner * inner
-    head = jax.tree.map(lambda x: x[:whole].reshape(whole // inner, inner, *x.shape[1:]), tokens)
-    tail = jax.tree.map(lambda x: x[whole:], tokens)
-    scan = jax.checkpoint(lambda carry, block: jax.lax.scan(step, carry, block))
-    carry, out = jax.lax.scan(scan, carry, head)
-    out = out.reshape(whole, *out.shape[2:])
-    if whole == length:
-        return carry, out
-    carry, out_tail = scan(carry, tail)
-    return carry, jnp.concatenate([out, out_tail])
+    return recurrence(step, initial_state, (q, k, v, log_decay), segment_ids)
 
 
 def parallel(
@@ -173,6 +163,7 @@ def chunkwise(
     initial_state: MatrixState,
     segment_ids: SegmentIds | None,
     chunk: int | None = None,
+    associative: bool = False,
 ) -> tuple[Float[Array, "B T H V"], MatrixState]:
     """In a chunk that starts from S with G_i = g_1 + ... + g_i, every exponent <= 0:
 
@@ -209,52 +200,10 @@ def chunkwise(
     scores = contract("bngik,bngjk->bngij", q, k)[:, :, :, None] * pairwise_decay(g, mask)
     inside = contract("bngrij,bngrjv->bngriv", scores.astype(v.dtype), v)
     written = contract("bngck,bngrcv->bngrkv", k, (v * to_end[..., None]).astype(v.dtype))
-    entering, state = _states(keep, written, initial_state.reshape(batch, *written.shape[2:]))
+    keep = jnp.broadcast_to(keep, written.shape[:4])[..., None, None]
+    maps = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), DiagonalMap(keep, written))
+    entering, state = entering_states(maps, initial_state.reshape(batch, *written.shape[2:]), associative=associative)
+    entering = jnp.moveaxis(entering, 0, 1)
     read = contract("bngck,bngrkv->bngrcv", q, entering.astype(q.dtype)) * from_start[..., None]
     out = (inside + read).reshape(*v.shape[:2], initial_state.shape[1], chunk, v.shape[-1])
     return from_chunks(jnp.moveaxis(out, 3, 2), length), state.reshape(initial_state.shape)
-
-
-def _states(keep: Array, written: Array, state: Array) -> tuple[Array, Array]:
-    """S_{n+1} = P_n S_n + R_n over chunks: the state that enters each, and the last."""
-
-    def step(state: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        keep, written = chunk
-        return keep[..., None, None] * state + written, state
-
-    keep = jnp.broadcast_to(keep, written.shape[:4])
-    state, entering = jax.lax.scan(step, state, (jnp.moveaxis(keep, 1, 0), jnp.moveaxis(written, 1, 0)), unroll=4)
-    return jnp.moveaxis(entering, 0, 1), state
-
-
-def _check(
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array | None,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    form: str | None,
-) -> int:
-    """Raise ValueError on what does not fit; the number of heads of the state."""
-    checks.check_choice("form", form, FORMS)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.check_rank(name, x, 4, "[B, T, H, K]")
-        checks.check_floating(name, x)
-    batch, length, _, key_dim = q.shape
-    checks.check_shape("k", k, (batch, length, None, key_dim), "[B, T, H, K]")
-    checks.check_shape("v", v, (batch, length, None, None), "[B, T, H, V]")
-    heads = max(x.shape[2] for x in (q, k, v))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.check_head_groups(name, x.shape[2], "q, k and v", heads)
-    if log_decay is not None:
-        checks.check_floating("log_decay", log_decay)
-        if jnp.ndim(log_decay) == 1:
-            checks.check_shape("log_decay", log_decay, (heads,), "[H]")
-        else:
-            checks.check_shape("log_decay", log_decay, (batch, length, heads), "[H] or [B, T, H]")
-    if initial_state is not None:
-        checks.check_shape("initial_state", initial_state, (batch, heads, key_dim, v.shape[-1]), "[B, H, K, V]")
-        checks.check_floating("initial_state", initial_state)
-    checks.check_segment_ids(segment_ids, batch, length)
-    return heads

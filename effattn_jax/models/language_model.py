@@ -9,6 +9,7 @@ from flax import nnx
 
 from effattn_jax import checks
 from effattn_jax.layers import Projection, RMSNorm
+from effattn_jax.layers.first_value import FirstValue, no_first_value
 from effattn_jax.models.activations import shard_batch
 from effattn_jax.models.block import Block
 from effattn_jax.typing import Array, Float, Hidden, Logits, Positions, SegmentIds, Tokens
@@ -20,13 +21,20 @@ class Unit(nnx.Module):
     def __init__(self, blocks: Sequence[Block]):
         self.blocks = nnx.List(blocks)
 
-    def __call__(self, x: Hidden, states: Any, remat: bool, **where: Any) -> tuple[Hidden, Any]:
+    def __call__(
+        self, x: Hidden, first: FirstValue | None, states: Any, remat: bool, **where: Any
+    ) -> tuple[Hidden, FirstValue | None, Any]:
         new_states = []
         for block, state in zip(self.blocks, states, strict=True):
-            call = lambda block, x, state: block(x, state, **where)  # noqa: E731
-            x, state = (jax.checkpoint(call) if remat else call)(block, shard_batch(x), state)
+            call = lambda block, x, state, first: block.with_first_value(x, state, first, **where)  # noqa: E731
+            x, state, first = (jax.checkpoint(call) if remat else call)(block, shard_batch(x), state, first)
             new_states.append(state)
-        return x, tuple(new_states)
+        return x, first, tuple(new_states)
+
+    def first_value(self, x: Hidden) -> FirstValue | None:
+        """What the first layer finds; None where no mixer of the pattern passes its values up."""
+        mixers = [block.mixer for block in self.blocks if hasattr(block.mixer, "with_first_value")]
+        return no_first_value(x, mixers[0].value_dim, x.dtype) if mixers else None
 
 
 class LanguageModel(nnx.Module):
@@ -44,6 +52,7 @@ class LanguageModel(nnx.Module):
       vocab_size: rows of the embedding.
       dim: size D of the residual stream.
       mlp_dim: hidden size of the feed-forward layers; 0 for none.
+      mlp: their kind, a name of `effattn_jax.layers.FEED_FORWARDS`.
       tie_embeddings: the head is the transposed embedding.
       remat: recompute each block in the backward pass instead of keeping what is inside.
       dtype: of computation; parameters are float32.
@@ -58,6 +67,7 @@ class LanguageModel(nnx.Module):
         pattern: Sequence[str],
         repeats: int,
         mixers: Mapping[str, Mapping[str, Any]],
+        mlp: str = "swiglu",
         tie_embeddings: bool = True,
         norm_eps: float = 1e-6,
         remat: bool = False,
@@ -74,18 +84,29 @@ class LanguageModel(nnx.Module):
         kinds = [given.pop("kind", name) for name, given in zip(pattern, options, strict=True)]
 
         @nnx.split_rngs(splits=repeats)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Unit:
+        @nnx.vmap(in_axes=(0, 0), out_axes=0)
+        def stack(rngs: nnx.Rngs, first_layer: Array) -> Unit:
             return Unit(
                 [
-                    Block(dim, kind, given, mlp_dim=mlp_dim, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
-                    for kind, given in zip(kinds, options, strict=True)
+                    Block(
+                        dim,
+                        kind,
+                        given,
+                        mlp_dim=mlp_dim,
+                        mlp=mlp,
+                        layer_index=first_layer + i,
+                        layer_count=repeats * len(kinds),
+                        norm_eps=norm_eps,
+                        dtype=dtype,
+                        rngs=rngs,
+                    )
+                    for i, (kind, given) in enumerate(zip(kinds, options, strict=True))
                 ]
             )
 
         embedding = nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, dim), jnp.float32)
         self.embedding = nnx.Param(embedding, axes=("vocab", "embed"))
-        self.units = stack(rngs)
+        self.units = stack(rngs, len(kinds) * jnp.arange(repeats))
         self.final_norm = RMSNorm(dim, eps=norm_eps, dtype=dtype)
         self.head = None if tie_embeddings else Projection(dim, vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
 
@@ -108,12 +129,13 @@ class LanguageModel(nnx.Module):
         if state is None:
             state = (None,) * len(self.units.blocks)
 
-        def repetition(x: Hidden, layer: tuple[Any, Any]) -> tuple[Hidden, Any]:
+        def repetition(carry: tuple[Hidden, Any], layer: tuple[Any, Any]) -> tuple[tuple[Hidden, Any], Any]:
             parameters, states = layer
             unit = nnx.merge(graph, parameters)
-            return unit(x, states, self.remat, segment_ids=segment_ids, positions=positions)
+            x, first, states = unit(*carry, states, self.remat, segment_ids=segment_ids, positions=positions)
+            return (x, first), states
 
-        x, state = jax.lax.scan(repetition, x, (parameters, state))
+        (x, _), state = jax.lax.scan(repetition, (x, self.units.first_value(x)), (parameters, state))
         if all(part is None for part in state):
             state = None
         return self.final_norm(x), state

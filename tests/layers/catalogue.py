@@ -3,7 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effattn_jax.layers import Attention, Mamba2
+from effattn_jax.layers.buffer import Buffer
 from effattn_jax.models.blueprint import blueprint
+from tests.layers.records import mamba2, softmax
+from tests.layers.records.record import BATCH, DIM
 from tests.ratio import FLOAT32, error_ratio
 
-BATCH, DIM = 2, 16
-
-
-class Record(NamedTuple):
-    layer: Any
-    options: dict
-
-
-ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 4}
-MAMBA2 = {"head_dim": 8, "state_dim": 6}
-
-RECORDS = {
-    "mamba2": Record(Mamba2, MAMBA2),
-    "mamba2_groups": Record(Mamba2, MAMBA2 | {"groups": 2, "conv_width": 5}),
-    "attention": Record(Attention, ATTENTION),
-    "attention_window": Record(Attention, ATTENTION | {"window": 5}),
-    "attention_window_sinks": Record(Attention, ATTENTION | {"kv_heads": 1, "window": 4, "sinks": True}),
-    "attention_qk_norm": Record(Attention, ATTENTION | {"qk_norm": True, "rope_fraction": 0.5}),
-    "attention_no_rope": Record(Attention, ATTENTION | {"kv_heads": 4, "rope_theta": None, "logits_soft_cap": 3.0}),
-}
-EVERY = pytest.mark.parametrize("name", RECORDS)
+RECORDS = softmax.RECORDS | mamba2.RECORDS
+EVERY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if record.slow else []) for name, record in RECORDS.items()]
+)
 
 # Tests compile much and compute little.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -55,10 +40,13 @@ def agree(want: np.ndarray, got: jax.Array | np.ndarray, what: str = "", limit: 
 
 
 def filled(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """Weights far from their start: matrices by fan-in, scales around 1, gates, biases and sinks around 0, widely."""
+    """Weights far from their start: matrices by fan-in, scales around 1, gates, biases and sinks around 0, widely.
+    Buffers keep their values."""
     plan = blueprint(make)
-    parameters = {}
-    for key, leaf in plan.shapes.items():
+    buffers = nnx.to_flat_state(jit(lambda: nnx.state(make(), Buffer))())
+    parameters = {".".join(map(str, path)): variable[...] for path, variable in buffers}
+    for key in plan.shapes.keys() - parameters.keys():
+        leaf = plan.shapes[key]
         own = leaf.shape[-sum(axis is not None for axis in plan.axes[key]) :]  # without an axis of repetitions
         x = random(key, *leaf.shape)
         x = x * own[0] ** -0.5 if len(own) > 1 else x * 0.5 + float(key.endswith("scale"))

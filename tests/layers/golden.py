@@ -5,10 +5,14 @@ import json
 import pathlib
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from effattn_jax.models import Block
 from effattn_jax.models.blueprint import blueprint
+from tests.layers.catalogue import jit
 
 FOLDER = pathlib.Path(__file__).parent.parent / "fixtures" / "models"
 
@@ -132,3 +136,46 @@ def mistral_options(config):
         "window": config["sliding_window"],
         "rope_theta": config["rope_parameters"]["rope_theta"],
     }
+
+
+def fla_logits(name, mixer, options, mixer_weights, tokens):
+    """Logits of a flash-linear-attention model: pre-normed blocks of a mixer and SwiGLU between embedding and head.
+
+    `options(config, layer)` are those of our mixer, `mixer_weights(tensors, config, layer)` its parameters from
+    tensors "q_proj.weight", ...
+    """
+    g = golden(name)
+    t, config = g.tensors, g.config
+    x = jnp.asarray(t["model.embeddings.weight"])[tokens]
+    for layer in range(config["num_hidden_layers"]):
+        own = under(f"model.layers.{layer}.", t)
+        weights = {
+            "norm.scale": own["attn_norm.weight"],
+            "mlp_norm.scale": own["mlp_norm.weight"],
+            **prefixed("mixer", mixer_weights(under("attn.", own), config, layer)),
+            **prefixed("mlp", swiglu_weights(under("mlp.", own))),
+        }
+        block = load(
+            lambda layer=layer: Block(
+                config["hidden_size"],
+                mixer,
+                options(config, layer),
+                mlp_dim=config["intermediate_size"],
+                layer_index=layer,
+                layer_count=config["num_hidden_layers"],
+                norm_eps=config["norm_eps"],
+                rngs=nnx.Rngs(0),
+            ),
+            weights,
+        )
+        x, _ = jit(lambda block, x: block(x))(block, x)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config["norm_eps"]) * t["model.norm.weight"]
+    return x @ t["lm_head.weight"].T
+
+
+def assert_fla_model(name, mixer, options, mixer_weights):
+    """Short rows (the reference steps token by token) and long ones (the reference runs in chunks)."""
+    io = golden(name).io
+    for tokens, logits in (("input_ids", "logits"), ("long_ids", "long_logits")):
+        got = fla_logits(name, mixer, options, mixer_weights, io[tokens])
+        np.testing.assert_allclose(got, io[logits], atol=1e-4, rtol=1e-4)

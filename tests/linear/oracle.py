@@ -1,43 +1,54 @@
-"""The oracle of the oracle: a numpy loop over rows, heads and tokens in float64, straight from an engine's equation."""
+"""The oracle of the oracle: numpy loops in float64 over rows, documents, heads and tokens, straight from the equation."""
 
+import jax
 import numpy as np
 
 
 def unpacked(engine, inputs, initial_state=None):
-    """One document per row: (out [B, T, H, V], final state [B, H, K, V])."""
-    inputs = {name: np.asarray(x, np.float64) for name, x in inputs.items()}
-    q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    batch, length = q.shape[:2]
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
-    out = np.zeros((batch, length, heads, v.shape[3]))
-    state = np.zeros((batch, heads, k.shape[3], v.shape[3]))
-    if initial_state is not None:
-        state += np.asarray(initial_state, np.float64)
-    for row, head, time in np.ndindex(batch, heads, length):
-        token = {name: _token(engine, name, x, row, time, head, heads) for name, x in inputs.items()}
-        state[row, head], out[row, time, head] = engine.token(state[row, head], **token)
-    return out, state
+    """One document per row: (out [B, T, ...], final state [B, ...])."""
+    batch, length = next(x.shape[:2] for name, x in inputs.items() if name not in engine.static)
+    ids = np.zeros((batch, length), np.int32)
+    return packed(engine, inputs, initial_state, ids)
 
 
 def packed(engine, inputs, initial_state, segment_ids):
     """Each document on its own; the initial state is the first one's, the final state the last one's."""
-    batch, length = segment_ids.shape
-    heads = max(inputs[name].shape[2] for name in "qkv")
-    out = np.zeros((batch, length, heads, inputs["v"].shape[3]))
-    final = np.array(initial_state, np.float64)
+    inputs = {name: np.asarray(x, np.float64) for name, x in inputs.items()}
+    outs, states = [], []
     for row, ids in enumerate(segment_ids):
-        state = final[row][None]
-        for document in np.unique(ids[ids >= 0]):
+        state = jax.tree.map(lambda x, row=row: np.array(x[row], np.float64), initial_state)
+        out = None
+        for i, document in enumerate(np.unique(ids[ids >= 0])):
+            if i:
+                state = jax.tree.map(np.zeros_like, state) if engine.fresh is None else engine.fresh(inputs)
             tokens = np.flatnonzero(ids == document)
-            part = {name: engine.take(name, x, row, tokens) for name, x in inputs.items()}
-            document_out, state = unpacked(engine, part, state)
-            out[row, tokens], final[row] = document_out[0], state[0]
-            state = np.zeros_like(state)
-    return out, final
+            part = {name: x if name in engine.static else x[row, tokens] for name, x in inputs.items()}
+            y, state = engine.row(part, state)
+            out = np.zeros((len(ids), *y.shape[1:])) if out is None else out
+            out[tokens] = y
+        outs.append(out)
+        states.append(state)
+    width = next(y.shape for y in outs if y is not None)
+    out = np.stack([np.zeros(width) if y is None else y for y in outs])
+    return out, jax.tree.map(lambda *x: np.stack(x), *states)
 
 
-def _token(engine, name, x, row, time, head, heads):
-    """What `head` sees of an argument: fewer heads than the state's serve consecutive ones each."""
-    if name in engine.per_head:
-        return x[head]
-    return x[row, time, head // (heads // x.shape[2])]
+def by_head(token, static=()):
+    """The equation of a row from that of a token of a head, (state [K, V], **token) -> (state, out [V]).
+
+    Arguments with fewer heads than the state serve consecutive ones each.
+    """
+
+    def row(inputs, state):
+        heads = len(state)
+        length = next(len(x) for name, x in inputs.items() if name not in static)
+        state, out = np.array(state), np.zeros((length, heads, state.shape[-1]))
+        for head, time in np.ndindex(heads, length):
+            seen = {
+                name: x[head] if name in static else x[time, head // (heads // x.shape[1])]
+                for name, x in inputs.items()
+            }
+            state[head], out[time, head] = token(state[head], **seen)
+        return out, state
+
+    return row

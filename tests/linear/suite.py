@@ -1,8 +1,10 @@
 """What every engine of matrix memories goes through: drawing inputs, running a form, comparing with another."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,47 +28,70 @@ class Sizes(NamedTuple):
     heads: tuple[int, int, int] = (4, 4, 4)  # of q, k and v
 
 
-class Engine(NamedTuple):
+def matrix_state(sizes):
+    return (sizes.batch, max(sizes.heads), sizes.key_dim, sizes.value_dim)
+
+
+def head_values(sizes):
+    return (sizes.batch, sizes.length, max(sizes.heads), sizes.value_dim)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
     """One mechanism under test; its arguments are those that `draw` returns, each differentiable."""
 
     name: str
     function: Callable  # (**inputs, initial_state, segment_ids, form) -> (out, state)
     chunkwise: Callable  # (inputs, initial_state, segment_ids, chunk) -> (out, state)
     draw: Callable  # (rng, sizes, strength) -> float32 arrays by name
-    token: Callable  # the equation for one token of one head: (state, **token) -> (state, out)
+    row: Callable  # the equation in numpy for one row: (inputs [T, ...] by name, state) -> (out [T, ...], state)
     gates: tuple[str, ...] = ()  # stay float32 in lower precision, and have their own limit there
-    per_head: tuple[str, ...] = ()  # arguments [H, ...] without rows and tokens
-    variant: bool = False  # another layout of an engine that is listed too: its dearer checks are marked slow
+    static: tuple[str, ...] = ()  # arguments without rows and tokens
+    heads: Mapping[str, int | None] = MappingProxyType({})  # axis of heads where it is not 2 (static: 0); None: shared
+    groups: tuple[tuple[int, int, int], ...] = ()  # heads of q, k and v that are not alike
+    state: Callable = matrix_state  # sizes -> shapes of the state, a pytree of tuples
+    out: Callable = head_values
+    read: tuple[str, ...] = ("q", "v")  # what the output of a token depends on at that very token
+    fresh: Callable | None = None  # inputs -> the state of one row that begins; None: zeros
+    map: Callable | None = None  # (inputs, segment_ids) -> the affine map of all tokens, in float32
+    forms: tuple[str, ...] = ("recurrent", "parallel", "chunkwise", "associative")
+    bad: Mapping[str, tuple] = MappingProxyType({})  # more bad arguments: case -> (argument, what is done to it)
+    variant: bool = False  # another layout of an engine that is listed too: its checks are marked slow
 
     def take(self, name, x, rows=slice(None), tokens=slice(None)):
         """The argument for some rows and tokens; one row stays a batch."""
-        if name in self.per_head:
+        if name in self.static:
             return x
         return x[np.atleast_1d(rows) if np.isscalar(rows) else rows][:, tokens]
+
+    def head_axis(self, name):
+        return self.heads.get(name, 0 if name in self.static else 2)
 
 
 class Problem(NamedTuple):
     inputs: dict
-    initial_state: np.ndarray | None
+    initial_state: Any
     segment_ids: np.ndarray | None
     d_out: np.ndarray
-    d_state: np.ndarray
+    d_state: Any
 
 
 class Result(NamedTuple):
     out: jax.Array
-    state: jax.Array
+    state: Any
     grads: dict
 
 
 def draw_problem(engine, sizes=Sizes(), strength="mild", segment_ids=None, seed=0):  # noqa: B008
     rng = np.random.default_rng(seed)
-    heads = max(sizes.heads)
     inputs = engine.draw(rng, sizes, strength)
-    state = (sizes.batch, heads, sizes.key_dim, sizes.value_dim)
-    randn = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    out = (sizes.batch, sizes.length, heads, sizes.value_dim)
-    return Problem(inputs, randn(*state), segment_ids, randn(*out), randn(*state))
+    randn = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    states = lambda: jax.tree.map(randn, engine.state(sizes), is_leaf=_is_shape)  # noqa: E731
+    return Problem(inputs, states(), segment_ids, randn(engine.out(sizes)), states())
+
+
+def _is_shape(x):
+    return type(x) is tuple and all(isinstance(size, int) for size in x)
 
 
 def apply(engine, form, inputs, initial_state=None, segment_ids=None):
@@ -90,7 +115,8 @@ def loss(engine, form, arguments, problem):
     inputs = dict(arguments)
     state = inputs.pop("initial_state", None)
     out, state = apply(engine, form, inputs, state, problem.segment_ids)
-    return (out * problem.d_out).sum() + (state * problem.d_state).sum(), (out, state)
+    parts = jax.tree.map(lambda x, d: (x * d).sum(), (out, state), (problem.d_out, problem.d_state))
+    return sum(jax.tree.leaves(parts)), (out, state)
 
 
 def result(engine, form, problem):

@@ -1,0 +1,13 @@
+"""One entry of the catalogue of layers."""
+
+from typing import Any, NamedTuple
+
+BATCH, DIM = 2, 16
+
+
+class Record(NamedTuple):
+    """A layer and its options at model dimension DIM."""
+
+    layer: Any
+    options: dict
+    slow: bool = False  # another layout of a layer that is listed too
