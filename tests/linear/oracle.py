@@ -1,4 +1,4 @@
-"""The oracle of the oracle: numpy loops in float64 over rows, documents, heads and tokens, straight from the equation."""
+"""The oracle of the oracle: numpy loops in float64, straight from the equation of an engine."""
 
 import jax
 import numpy as np
