@@ -95,4 +95,4 @@ class Block(nnx.Module):
 
 
 def _accepted(layer: Any, place: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in place.items() if name in inspect.signature(layer).parameters}
+    return {name: value for name, value in place.items() if name in inspect.signature(layer.__init__).parameters}
