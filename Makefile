@@ -9,10 +9,10 @@ RUN := .venv/bin/python
 CONFIG ?= configs/quickstart.py
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help setup quickstart test lint format bench clean
+.PHONY: help setup quickstart test test-slow lint format bench clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/.installed  ## make .venv with everything in it
 
@@ -30,8 +30,11 @@ setup: .venv/.installed  ## make .venv with everything in it
 quickstart: setup  ## train a small hybrid on the Python library's source, on CPU, in minutes
 	@$(RUN) -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: setup  ## run the test suite
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+test: setup  ## run the tests, in a quarter of an hour
+	@$(RUN) -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-slow: setup  ## run the long tests that `make test` leaves out
+	@$(RUN) -m pytest $(PYTEST_ARGS) -m slow
 
 lint: setup  ## ruff and mypy
 	@$(RUN) -m ruff check .

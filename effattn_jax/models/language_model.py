@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn_jax import checks
-from effattn_jax.layers import Projection, RMSNorm
+from effattn_jax.layers import MIXERS, Projection, RMSNorm
 from effattn_jax.layers.first_value import FirstValue, no_first_value
 from effattn_jax.models.activations import shard_batch
 from effattn_jax.models.block import Block
@@ -41,7 +41,8 @@ class LanguageModel(nnx.Module):
     """`logits, state = model(tokens, state=None, segment_ids=None, positions=None)`: the contract of a layer.
 
     The pattern is a sequence of names. A name stands for the options under it in `mixers`, whose `kind` is a mixer of
-    `effattn_jax.layers.MIXERS` (the name itself where it is left out). The pattern repeats `repeats` times, its
+    `effattn_jax.layers.MIXERS` (the name itself where it is left out); a mixer that is not there takes its defaults. The
+    pattern repeats `repeats` times, its
     parameters stacked along a leading axis: one `lax.scan` runs them, so compile time does not grow with depth.
 
         LanguageModel(vocab_size=258, dim=256, mlp_dim=704, pattern=("mamba2", "mamba2", "local"), repeats=2,
@@ -77,10 +78,11 @@ class LanguageModel(nnx.Module):
         if not pattern or repeats < 1:
             checks.fail("pattern", f"{tuple(pattern)!r} x {repeats}", "at least one mixer, repeated at least once")
         for name in pattern:
-            if name not in mixers:
-                checks.fail("pattern", repr(name), f"a name under mixers: {', '.join(mixers)}")
+            if name not in mixers and name not in MIXERS:
+                known = ", ".join(sorted({*mixers, *MIXERS}))
+                checks.fail("pattern", repr(name), f"a name under mixers, or of a mixer: {known}")
         self.vocab_size, self.repeats, self.remat, self.dtype = vocab_size, repeats, remat, dtype
-        options = [dict(mixers[name]) for name in pattern]
+        options = [dict(mixers.get(name, {})) for name in pattern]
         kinds = [given.pop("kind", name) for name, given in zip(pattern, options, strict=True)]
 
         @nnx.split_rngs(splits=repeats)
