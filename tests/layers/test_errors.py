@@ -42,7 +42,7 @@ WRONG = {
     "width: got 0": mamba2(conv_width=0),
     "width: got -1": lambda rngs: ShortConvolution(4, -1, rngs=rngs),
     "groups: got 5": lambda rngs: RMSNorm(16, groups=5),
-    "mixer: got 'mamba3'": block("mamba3"),
+    "mixer: got 'mamba9'": block("mamba9"),
     "mixer 'attention': ": block("attention", heads=4, windows=3),
     "mixer 'mamba2': ": block("mamba2", heads=4),
 }

@@ -134,7 +134,7 @@ WRONG = {
     "pattern: got ()": {"pattern": ()},
     "pattern: got 'global'": {"pattern": (*PATTERN, "global")},
     "repeated at least once": {"repeats": 0},
-    "mixer: got 'mamba3'": {"pattern": ("x",), "mixers": {"x": {"kind": "mamba3"}}},
+    "mixer: got 'mamba9'": {"pattern": ("x",), "mixers": {"x": {"kind": "mamba9"}}},
     "mixer: got 'x'": {"pattern": ("x",), "mixers": {"x": {}}},
     "mixer 'attention': ": {"pattern": ("x",), "mixers": {"x": {"kind": "attention", "head": 2}}},
     "window: got 0": {"pattern": ("x",), "mixers": {"x": {"kind": "attention", "heads": 2, "window": 0}}},
