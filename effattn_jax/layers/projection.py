@@ -4,12 +4,15 @@ embed  the residual stream     heads  channels split by heads     mlp    hidden 
 vocab  the vocabulary          state  channels all heads share    conv   taps of a convolution
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from effattn_jax.typing import Array, Float
+
+LECUN = nnx.initializers.lecun_normal()
 
 
 class Projection(nnx.Module):
@@ -22,10 +25,10 @@ class Projection(nnx.Module):
         axes: tuple[str, str],
         *,
         bias: bool = False,
+        initializer: Callable[..., Array] = LECUN,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        initializer = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(initializer(rngs.params(), (in_dim, out_dim), jnp.float32), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32), axes=axes[1:]) if bias else None
         self.dtype = dtype

@@ -11,23 +11,28 @@ from effattn_jax.typing import Array, Float
 
 
 class RMSNorm(nnx.Module):
-    """y = w * x / sqrt(mean(x^2) + eps), the mean over each of `groups` equal parts of the last axis; in float32."""
+    """y = w * x / sqrt(mean(x^2) + eps), the mean over each of `groups` equal parts of the last axis; in float32.
+
+    Without `affine` there is no w.
+    """
 
     def __init__(
         self,
         dim: int,
         *,
         groups: int = 1,
+        affine: bool = True,
         eps: float = 1e-6,
         axis: str = "embed",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
         checks.check_head_groups("groups", groups, "dim", dim)
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=(axis,))
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=(axis,)) if affine else None
         self.groups, self.eps, self.dtype = groups, eps, dtype
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
         grouped *= jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
-        return (grouped.reshape(x.shape) * self.scale[...]).astype(self.dtype)
+        y = grouped.reshape(x.shape)
+        return (y if self.scale is None else y * self.scale[...]).astype(self.dtype)
