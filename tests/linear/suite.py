@@ -50,6 +50,7 @@ class Engine:
     heads: Mapping[str, int | None] = MappingProxyType({})  # axis of heads where it is not 2 (static: 0); None: shared
     groups: tuple[tuple[int, int, int], ...] = ()  # heads of q, k and v that are not alike
     state: Callable = matrix_state  # sizes -> shapes of the state, a pytree of tuples
+    draw_state: Callable | None = None  # (rng, sizes) -> a state; None: randn. Its integers get no gradient
     out: Callable = head_values
     read: tuple[str, ...] = ("q", "v")  # what the output of a token depends on at that very token
     fresh: Callable | None = None  # inputs -> the state of one row that begins; None: zeros
@@ -86,12 +87,20 @@ def draw_problem(engine, sizes=Sizes(), strength="mild", segment_ids=None, seed=
     rng = np.random.default_rng(seed)
     inputs = engine.draw(rng, sizes, strength)
     randn = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    states = lambda: jax.tree.map(randn, engine.state(sizes), is_leaf=_is_shape)  # noqa: E731
-    return Problem(inputs, states(), segment_ids, randn(engine.out(sizes)), states())
+    if engine.draw_state is None:
+        initial_state = jax.tree.map(randn, engine.state(sizes), is_leaf=_is_shape)
+    else:
+        initial_state = engine.draw_state(rng, sizes)
+    d_state = jax.tree.map(lambda x: randn(x.shape) if is_float(x) else np.zeros(x.shape, np.float32), initial_state)
+    return Problem(inputs, initial_state, segment_ids, randn(engine.out(sizes)), d_state)
 
 
 def _is_shape(x):
     return type(x) is tuple and all(isinstance(size, int) for size in x)
+
+
+def is_float(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def apply(engine, form, inputs, initial_state=None, segment_ids=None):
@@ -106,14 +115,21 @@ forward = jit(apply, static_argnums=(0, 1))
 
 def arguments_of(problem):
     """What gradients are taken of: the inputs, and the initial state where there is one."""
-    state = {} if problem.initial_state is None else {"initial_state": problem.initial_state}
-    return problem.inputs | state
+    if problem.initial_state is None:
+        return problem.inputs
+    floats = jax.tree.map(lambda x: x if is_float(x) else None, problem.initial_state)
+    return problem.inputs | {"initial_state": floats}
+
+
+def with_integers(floats, state):
+    """The state whose floats, and only those, are given."""
+    return jax.tree.map(lambda x, whole: whole if x is None else x, floats, state, is_leaf=lambda x: x is None)
 
 
 def loss(engine, form, arguments, problem):
     """(out . d_out) + (state . d_state), and what it is made of."""
     inputs = dict(arguments)
-    state = inputs.pop("initial_state", None)
+    state = with_integers(inputs.pop("initial_state", None), problem.initial_state)
     out, state = apply(engine, form, inputs, state, problem.segment_ids)
     parts = jax.tree.map(lambda x, d: (x * d).sum(), (out, state), (problem.d_out, problem.d_state))
     return sum(jax.tree.leaves(parts)), (out, state)
