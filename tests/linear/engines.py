@@ -2,10 +2,11 @@
 
 import pytest
 
-from tests.linear.records import scalar_decay
+from tests.linear.records import scalar_decay, vector_decay
 
 ENGINES = [
     *scalar_decay.RECORDS,
+    *vector_decay.RECORDS,
 ]
 
 every_engine = pytest.mark.parametrize(
