@@ -13,33 +13,87 @@ into Linen's box; `nn.scan` then adds its axis by the name in `metadata_params={
 """
 
 from effattn_jax.layers.attention import Attention
+from effattn_jax.layers.comba import Comba
+from effattn_jax.layers.delta_layer import DeltaState
+from effattn_jax.layers.delta_net import DeltaNet
+from effattn_jax.layers.fast_weight import FastWeight, FastWeightState
+from effattn_jax.layers.gated_delta_net import GatedDeltaNet
+from effattn_jax.layers.gated_delta_net2 import GatedDeltaNet2
+from effattn_jax.layers.gated_delta_product import GatedDeltaProduct
+from effattn_jax.layers.kda import KimiDeltaAttention
 from effattn_jax.layers.l2_norm import l2_norm
 from effattn_jax.layers.layer_norm import LayerNorm
+from effattn_jax.layers.lightning import LightningAttention, LightningState
+from effattn_jax.layers.linear_attention import LinearAttention, LinearAttentionState
 from effattn_jax.layers.low_rank import LowRank
 from effattn_jax.layers.mamba2 import Mamba2, Mamba2State
+from effattn_jax.layers.path_attention import PathAttention, PathState
+from effattn_jax.layers.performer import Performer, PerformerState
 from effattn_jax.layers.projection import Projection
+from effattn_jax.layers.retention import MultiScaleRetention, RetentionState
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.layers.rope import rope
+from effattn_jax.layers.rwkv7 import RWKV7, RWKV7State
+from effattn_jax.layers.rwkv7_channel_mix import ChannelMixState, RWKV7ChannelMix
 from effattn_jax.layers.short_convolution import ShortConvolution
 from effattn_jax.layers.swiglu import SwiGLU
 from effattn_jax.layers.token_shift import token_shift
 
-MIXERS = {"attention": Attention, "mamba2": Mamba2}
+MIXERS = {
+    "attention": Attention,
+    "comba": Comba,
+    "delta_net": DeltaNet,
+    "fast_weight": FastWeight,
+    "gated_delta_net": GatedDeltaNet,
+    "gated_delta_net2": GatedDeltaNet2,
+    "gated_delta_product": GatedDeltaProduct,
+    "kda": KimiDeltaAttention,
+    "lightning": LightningAttention,
+    "linear_attention": LinearAttention,
+    "mamba2": Mamba2,
+    "path": PathAttention,
+    "performer": Performer,
+    "retention": MultiScaleRetention,
+    "rwkv7": RWKV7,
+}
 """The mixers a model pattern can name."""
 
-FEED_FORWARDS = {"swiglu": SwiGLU}
+FEED_FORWARDS = {"swiglu": SwiGLU, "rwkv7_channel_mix": RWKV7ChannelMix}
 """The feed-forward layers a model can name: `layer(x) -> y`, or with a state, like a mixer, where they look back."""
 
 __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
+    "RWKV7",
     "Attention",
+    "ChannelMixState",
+    "Comba",
+    "DeltaNet",
+    "DeltaState",
+    "FastWeight",
+    "FastWeightState",
+    "GatedDeltaNet",
+    "GatedDeltaNet2",
+    "GatedDeltaProduct",
+    "KimiDeltaAttention",
     "LayerNorm",
+    "LightningAttention",
+    "LightningState",
+    "LinearAttention",
+    "LinearAttentionState",
     "LowRank",
     "Mamba2",
     "Mamba2State",
+    "MultiScaleRetention",
+    "PathAttention",
+    "PathState",
+    "Performer",
+    "PerformerState",
     "Projection",
     "RMSNorm",
+    "RWKV7ChannelMix",
+    "RWKV7State",
+    "RetentionState",
     "ShortConvolution",
     "SwiGLU",
     "l2_norm",

@@ -2,5 +2,16 @@
 
 from effattn_jax.sparse.attention import attention
 from effattn_jax.sparse.cache import KVCache, cached_attention, init_cache
+from effattn_jax.sparse.path import path_attention
+from effattn_jax.sparse.path_cache import PathCache, cached_path_attention, init_path_cache
 
-__all__ = ["KVCache", "attention", "cached_attention", "init_cache"]
+__all__ = [
+    "KVCache",
+    "PathCache",
+    "attention",
+    "cached_attention",
+    "cached_path_attention",
+    "init_cache",
+    "init_path_cache",
+    "path_attention",
+]

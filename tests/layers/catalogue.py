@@ -13,11 +13,18 @@ from flax import nnx
 
 from effattn_jax.layers.buffer import Buffer
 from effattn_jax.models.blueprint import blueprint
-from tests.layers.records import mamba2, softmax
+from tests.layers.records import delta, linear_attention, mamba2, path, rwkv7, softmax
 from tests.layers.records.record import BATCH, DIM
 from tests.ratio import FLOAT32, error_ratio
 
-RECORDS = softmax.RECORDS | mamba2.RECORDS
+RECORDS = {
+    **softmax.RECORDS,
+    **path.RECORDS,
+    **linear_attention.RECORDS,
+    **mamba2.RECORDS,
+    **delta.RECORDS,
+    **rwkv7.RECORDS,
+}
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if record.slow else []) for name, record in RECORDS.items()]
 )
