@@ -1,7 +1,7 @@
 """Five Newton-Schulz steps towards the nearest orthogonal matrix: what ATLAS does to the momentum of its memory.
 
-Behrouz et al. 2025, arXiv:2505.23735, with the coefficients of Muon (Jordan 2024). They trade exactness for speed: singular
-values end between about 0.7 and 1.2, not at 1.
+Behrouz et al. 2025, arXiv:2505.23735, with the coefficients of Muon (Jordan 2024). They trade exactness for speed:
+singular values end between about 0.7 and 1.2, not at 1.
 """
 
 import jax.numpy as jnp
