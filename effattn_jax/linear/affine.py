@@ -77,3 +77,12 @@ def diagonal_map(
     """
     like = jnp.zeros_like(keys, shape=(keys.shape[0], heads, key_dim, value_dim), dtype=jnp.float32)
     return DiagonalMap(final_state(jnp.ones_like(like[..., :1]), False), final_state(like, True))
+
+
+def dense_map(
+    final_state: Callable[[Array, bool], Array], keys: Array, heads: int, key_dim: int, value_dim: int
+) -> DenseMap:
+    """`diagonal_map` for transitions that mix rows: the identity in, without writes, P out."""
+    like = jnp.zeros_like(keys, shape=(keys.shape[0], heads, key_dim, value_dim), dtype=jnp.float32)
+    identity = jnp.eye(key_dim) + jnp.zeros_like(like[..., :1])
+    return DenseMap(final_state(identity, False), final_state(like, True))

@@ -7,16 +7,24 @@ Comba (a = -p, b = beta k, v = beta v; Hu et al. 2025, arXiv:2506.02475). The de
 v = beta v: a reads the memory before it decays.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.linear.affine import DenseMap, dense_map
 from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
+from effattn_jax.linear.chunk_decay import chunk_decay, split_heads
+from effattn_jax.linear.chunks import from_chunks
+from effattn_jax.linear.low_rank_map import LowRankMap, states_between
 from effattn_jax.linear.recurrence import recurrence
+from effattn_jax.linear.triangular import unit_lower_inverse
 from effattn_jax.precision import accumulation_dtype, contract
 from effattn_jax.typing import Array, Float, Keys, MatrixState, Queries, SegmentIds, Values
 
-__all__ = ["FORMS", "dplr"]
+__all__ = ["FORMS", "dplr", "dplr_map"]
 
 
 def dplr(
@@ -107,8 +115,35 @@ def _xla(
     q, k, v, a, b = (repeat_heads(x, initial_state.shape[1]) for x in (q, k, v, a, b))
     if log_decay.ndim == 3:
         log_decay = log_decay[..., None]
-    q, k, v, a, b = (x.astype(initial_state.dtype) for x in (q, k, v, a, b))
-    return recurrent(q, k, v, a, b, log_decay, initial_state, segment_ids)
+    if form == "recurrent":
+        q, k, v, a, b = (x.astype(initial_state.dtype) for x in (q, k, v, a, b))
+        return recurrent(q, k, v, a, b, log_decay, initial_state, segment_ids)
+    if form == "parallel":
+        return parallel(q, k, v, a, b, log_decay, initial_state, segment_ids)
+    chunks = functools.partial(chunkwise, associative=form == "associative")
+    return jax.checkpoint(chunks)(q, k, v, a, b, log_decay, initial_state, segment_ids)
+
+
+def dplr_map(
+    k: Keys,
+    v: Values,
+    a: Keys,
+    b: Keys,
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    *,
+    segment_ids: SegmentIds | None = None,
+) -> DenseMap:
+    """What these tokens do to the state before them, S -> P S + R: R is their final state.
+
+    P = (diag(e^{g_T}) + b_T a_T^T) ... (diag(e^{g_1}) + b_1 a_1^T); it is 0 where a document ends among the tokens.
+    """
+
+    def final_state(state: Array, write: bool) -> Array:
+        values = v if write else jnp.zeros_like(v, shape=(*v.shape[:3], k.shape[-1]))
+        queries = jnp.zeros_like(k)
+        return dplr(queries, k, values, a, b, log_decay, initial_state=state, segment_ids=segment_ids)[1]
+
+    return dense_map(final_state, k, max(k.shape[2], v.shape[2]), k.shape[-1], v.shape[-1])
 
 
 def recurrent(
@@ -134,3 +169,58 @@ def recurrent(
 
 def _outer(k: Float[Array, "B H K"], v: Float[Array, "B H V"]) -> Float[Array, "B H K V"]:
     return k[:, :, :, None] * v[:, :, None, :]
+
+
+def parallel(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H 1|K"],
+    initial_state: MatrixState,
+    segment_ids: SegmentIds | None,
+) -> tuple[Float[Array, "B T H V"], MatrixState]:
+    """The whole row is one chunk: a triangular system of T x T."""
+    return chunkwise(q, k, v, a, b, log_decay, initial_state, segment_ids, chunk=max(1, q.shape[1]))
+
+
+def chunkwise(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H 1|K"],
+    initial_state: MatrixState,
+    segment_ids: SegmentIds | None,
+    chunk: int = 64,
+    associative: bool = False,
+) -> tuple[Float[Array, "B T H V"], MatrixState]:
+    """In a chunk that starts from S with G_i = g_1 + ... + g_i and E_i = G_i - g_i, every exponent <= 0:
+
+    D_ij = e^{G_i - G_j}, D'_ij = e^{E_i - G_j}, per channel inside the products
+    R = (I - tril(A B^T * D', -1))^{-1} (tril(A K^T * D', -1) V + (e^E A) S)        row i is a_i^T S_{i-1}
+    O = (e^G Q) S + tril(Q K^T * D) V + tril(Q B^T * D) R
+    S' = e^{G_C} S + (e^{G_C - G} K)^T V + (e^{G_C - G} B)^T R
+
+    `dplr` calls it under `jax.checkpoint`: the backward pass keeps the arguments and recomputes the rest.
+    """
+    length, dtype = q.shape[1], v.dtype
+    decay = chunk_decay(log_decay, segment_ids, chunk)
+    q, k, v, a, b = (split_heads(x, chunk) for x in (q, k, v, a, b))  # [B, N, H, C, ...]
+    q_into, a_into = (q * decay.into).astype(dtype), (a * decay.into_before).astype(dtype)
+    k_out, b_out = (k * decay.out).astype(dtype), (b * decay.out).astype(dtype)
+    solve = unit_lower_inverse(-decay.scores(a, b, before=True)).astype(dtype)
+    read_before = contract("...ij,...jk->...ik", solve, a_into).astype(dtype)
+    reads = contract("...ij,...jv->...iv", decay.scores(a, k, before=True).astype(dtype), v)
+    reads = contract("...ij,...jv->...iv", solve, reads.astype(dtype))
+    written = contract("...ck,...cv->...kv", k_out, v) + contract("...ck,...cv->...kv", b_out, reads.astype(dtype))
+    maps = LowRankMap(decay.keep, b_out, read_before, written)
+    entering, state = states_between(maps, initial_state, associative=associative)
+    entering = entering.astype(dtype)
+    reads = (reads + contract("...ck,...kv->...cv", read_before, entering)).astype(dtype)
+    out = contract("...ck,...kv->...cv", q_into, entering)
+    out = out + contract("...ij,...jv->...iv", decay.scores(q, k).astype(dtype), v)
+    out = out + contract("...ij,...jv->...iv", decay.scores(q, b).astype(dtype), reads)
+    return from_chunks(jnp.moveaxis(out, 2, 3), length), state
