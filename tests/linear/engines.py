@@ -2,10 +2,12 @@
 
 import pytest
 
-from tests.linear.records import scalar_decay, vector_decay
+from tests.linear.records import scalar_decay, titans_memory, ttt, vector_decay
 
 ENGINES = [
     *scalar_decay.RECORDS,
+    *titans_memory.RECORDS,
+    *ttt.RECORDS,
     *vector_decay.RECORDS,
 ]
 
