@@ -20,6 +20,8 @@ from effattn_jax.layers.fast_weight import FastWeight, FastWeightState
 from effattn_jax.layers.gated_delta_net import GatedDeltaNet
 from effattn_jax.layers.gated_delta_net2 import GatedDeltaNet2
 from effattn_jax.layers.gated_delta_product import GatedDeltaProduct
+from effattn_jax.layers.gla import GatedLinearAttention, GLAState
+from effattn_jax.layers.hgrn2 import HGRN2, HGRN2State
 from effattn_jax.layers.kda import KimiDeltaAttention
 from effattn_jax.layers.l2_norm import l2_norm
 from effattn_jax.layers.layer_norm import LayerNorm
@@ -33,8 +35,12 @@ from effattn_jax.layers.projection import Projection
 from effattn_jax.layers.retention import MultiScaleRetention, RetentionState
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.layers.rope import rope
+from effattn_jax.layers.rwkv5 import RWKV5
+from effattn_jax.layers.rwkv6 import RWKV6
 from effattn_jax.layers.rwkv7 import RWKV7, RWKV7State
 from effattn_jax.layers.rwkv7_channel_mix import ChannelMixState, RWKV7ChannelMix
+from effattn_jax.layers.rwkv_channel_mix import RWKV5ChannelMix, RWKV6ChannelMix
+from effattn_jax.layers.rwkv_time_mix import RWKVState
 from effattn_jax.layers.short_convolution import ShortConvolution
 from effattn_jax.layers.swiglu import SwiGLU
 from effattn_jax.layers.token_shift import token_shift
@@ -47,6 +53,8 @@ MIXERS = {
     "gated_delta_net": GatedDeltaNet,
     "gated_delta_net2": GatedDeltaNet2,
     "gated_delta_product": GatedDeltaProduct,
+    "gla": GatedLinearAttention,
+    "hgrn2": HGRN2,
     "kda": KimiDeltaAttention,
     "lightning": LightningAttention,
     "linear_attention": LinearAttention,
@@ -54,16 +62,26 @@ MIXERS = {
     "path": PathAttention,
     "performer": Performer,
     "retention": MultiScaleRetention,
+    "rwkv5": RWKV5,
+    "rwkv6": RWKV6,
     "rwkv7": RWKV7,
 }
 """The mixers a model pattern can name."""
 
-FEED_FORWARDS = {"swiglu": SwiGLU, "rwkv7_channel_mix": RWKV7ChannelMix}
+FEED_FORWARDS = {
+    "swiglu": SwiGLU,
+    "rwkv7_channel_mix": RWKV7ChannelMix,
+    "rwkv5_channel_mix": RWKV5ChannelMix,
+    "rwkv6_channel_mix": RWKV6ChannelMix,
+}
 """The feed-forward layers a model can name: `layer(x) -> y`, or with a state, like a mixer, where they look back."""
 
 __all__ = [
     "FEED_FORWARDS",
+    "HGRN2",
     "MIXERS",
+    "RWKV5",
+    "RWKV6",
     "RWKV7",
     "Attention",
     "ChannelMixState",
@@ -72,9 +90,12 @@ __all__ = [
     "DeltaState",
     "FastWeight",
     "FastWeightState",
+    "GLAState",
     "GatedDeltaNet",
     "GatedDeltaNet2",
     "GatedDeltaProduct",
+    "GatedLinearAttention",
+    "HGRN2State",
     "KimiDeltaAttention",
     "LayerNorm",
     "LightningAttention",
@@ -91,8 +112,11 @@ __all__ = [
     "PerformerState",
     "Projection",
     "RMSNorm",
+    "RWKV5ChannelMix",
+    "RWKV6ChannelMix",
     "RWKV7ChannelMix",
     "RWKV7State",
+    "RWKVState",
     "RetentionState",
     "ShortConvolution",
     "SwiGLU",
