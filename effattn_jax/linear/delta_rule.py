@@ -202,11 +202,9 @@ def chunkwise(
     into, out = ((k * x).astype(dtype) for x in (decay.into, decay.out))
     solve = unit_lower_inverse(beta[..., None] * decay.scores(k, k, strict=True)) * beta[..., None, :]
     values = contract("...ij,...jv->...iv", solve.astype(dtype), v)
-    erase = contract("...ij,...jk->...ik", solve.astype(dtype), into)
-    written = contract("...ck,...cv->...kv", out, values.astype(dtype))
-    maps = LowRankMap(decay.keep, out, -erase.astype(dtype), written)
-    entering, state = states_between(maps, initial_state, associative=associative)
-    writes = values - contract("...ck,...kv->...cv", erase.astype(dtype), entering.astype(dtype))
+    erase = contract("...ij,...jk->...ik", solve.astype(dtype), into).astype(dtype)
+    maps = LowRankMap(decay.keep, out, -erase, values)
+    entering, writes, state = states_between(maps, initial_state, associative=associative)
     read = contract("...ck,...kv->...cv", (q * decay.into).astype(dtype), entering.astype(dtype))
     read = read + contract("...ij,...jv->...iv", decay.scores(q, k).astype(dtype), writes.astype(dtype))
     return from_chunks(jnp.moveaxis(read, 2, 3), length), state
