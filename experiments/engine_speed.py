@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from effattn_jax import linear
+from experiments.engine_cases import Inputs, engine_cases
 from experiments.timing import milliseconds
 
 LENGTH = flags.DEFINE_integer("length", 4096, "tokens")
@@ -25,65 +25,7 @@ HEADS = flags.DEFINE_integer("heads", 4, "heads")
 OUTPUT = flags.DEFINE_string("output", None, "also write the table as JSON")
 ONLY = flags.DEFINE_multi_string("only", None, "names of cases; default: all")
 
-Inputs = dict[str, Any]
 TOLERANCE = 1e-4  # float32 forms over thousands of tokens
-
-
-def cases() -> dict[str, tuple[Callable[..., Any], Inputs]]:
-    """Each engine with hard inputs: randn, keys of length one where the mechanism wants them."""
-    length, dim, heads = LENGTH.value, SIZE.value, HEADS.value
-    keys = iter(jax.random.split(jax.random.key(0), 64))
-    randn = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
-    tokens = lambda *shape: randn(1, length, *shape)  # noqa: E731
-    gate = lambda *shape: jax.nn.log_sigmoid(2 + tokens(*shape))  # noqa: E731
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    qkv = {name: tokens(heads, dim) for name in "qkv"}
-    delta = qkv | {"k": unit(qkv["k"]), "beta": 2 * jax.nn.sigmoid(tokens(heads))}
-    rank_one = {"a": -unit(tokens(heads, dim)), "log_decay": gate(heads, dim)}
-    channels, state = heads * dim, 16
-    scan = {
-        "x": tokens(channels),
-        "dt": jax.nn.softplus(tokens(channels) - 1),
-        "A": -jnp.broadcast_to(jnp.arange(1.0, state + 1), (channels, state)),
-        "B": tokens(state),
-        "C": tokens(state),
-        "D": jnp.ones(channels),
-    }
-    weights = lambda *shape: randn(heads, *shape) * shape[0] ** -0.5  # noqa: E731
-    ttt = qkv | {
-        "lr": jax.nn.sigmoid(tokens(heads)) / dim,
-        "token_scale": 1 / jnp.arange(1.0, 17),
-        "ln_scale": jnp.ones((heads, dim)),
-        "ln_bias": jnp.zeros((heads, dim)),
-    }
-    linear_memory = {"W": weights(dim, dim), "b": jnp.zeros((heads, dim))}
-    deep_memory = {
-        "W1": weights(dim, 4 * dim),
-        "b1": jnp.zeros((heads, 4 * dim)),
-        "W2": weights(4 * dim, dim),
-        "b2": jnp.zeros((heads, dim)),
-    }
-    titans = {"q": unit(qkv["q"]), "k": unit(qkv["k"]), "v": qkv["v"]} | {
-        "theta": 0.1 * jax.nn.sigmoid(tokens(heads)),
-        "eta": jax.nn.sigmoid(tokens(heads)),
-        "alpha": 0.1 * jax.nn.sigmoid(tokens(heads)),
-    }
-    found = {
-        "scalar_decay": (linear.scalar_decay, qkv | {"log_decay": gate(heads)}),
-        "vector_decay": (linear.vector_decay, qkv | {"log_decay": gate(heads, dim)}),
-        "vector_decay, bonus": (linear.vector_decay, qkv | {"log_decay": gate(heads, dim), "bonus": randn(heads, dim)}),
-        "delta_rule": (linear.delta_rule, delta),
-        "delta_rule, scalar gate": (linear.delta_rule, delta | {"log_decay": gate(heads)}),
-        "delta_rule, vector gate": (linear.delta_rule, delta | {"log_decay": gate(heads, dim)}),
-        "dplr": (linear.dplr, qkv | rank_one | {"b": -rank_one["a"] * jax.nn.sigmoid(tokens(heads, dim))}),
-        "selective_scan": (linear.selective_scan, scan),
-        "diagonal_scan": (linear.diagonal_scan, {"x": tokens(channels), "log_decay": gate(channels)}),
-        "ttt_linear": (linear.ttt_linear, ttt | linear_memory),
-        "ttt_mlp": (linear.ttt_mlp, ttt | deep_memory),
-        "titans_memory, linear": (linear.titans_memory, titans | {"weights": (weights(dim, dim),)}),
-        "titans_memory, deep": (linear.titans_memory, titans | {"weights": (weights(dim, dim), weights(dim, dim))}),
-    }
-    return {name: case for name, case in found.items() if not ONLY.value or name in ONLY.value}
 
 
 def forward(engine: Callable[..., Any], form: str) -> Callable[[Inputs], Any]:
@@ -113,7 +55,9 @@ def main() -> None:
     print(f"{'engine':26}{'recurrent':>11}{'chunkwise':>10}{'ratio':>9}{'recurrent':>12}{'chunkwise':>11}", end="")
     print(f"{'ratio':>9}{'error':>10}")
     rows = []
-    for name, (engine, inputs) in cases().items():
+    for name, (engine, inputs, _) in engine_cases(1, LENGTH.value, HEADS.value, SIZE.value).items():
+        if ONLY.value and name not in ONLY.value:
+            continue
         calls = {form: (forward(engine, form), gradients(engine, form)) for form in ("recurrent", "chunkwise")}
         error = largest_error(*(calls[form][1](inputs) for form in ("recurrent", "chunkwise")))
         if not error <= TOLERANCE:
