@@ -118,9 +118,10 @@ def _xla(
 def vector_decay_map(
     k: Keys, v: Values, log_decay: ChannelDecay, *, segment_ids: SegmentIds | None = None
 ) -> DiagonalMap:
-    """What these tokens do to the state before them, S -> P S + R: P = diag(e^{g_1 + ... + g_T}), R = their final state.
+    """What these tokens do to the state before them, S -> P S + R.
 
-    P is 0 where a document ends among the tokens. A bonus is of no consequence here: it is part of the read.
+    P = diag(e^{g_1 + ... + g_T}), 0 where a document ends among the tokens; R is their final state. A bonus is of no
+    consequence here: it is part of the read.
     """
 
     def final_state(state: Array, write: bool) -> Array:
@@ -184,14 +185,13 @@ def chunkwise(
     `jax.checkpoint`: the backward pass keeps the arguments and recomputes the rest.
     """
     length = q.shape[1]
-    if log_decay.ndim == 2:
-        # chunks without padding are alike: one set of sums serves them
-        real = (
-            jnp.ones((1, chunk if length % chunk == 0 else length), bool) if segment_ids is None else segment_ids >= 0
-        )
+    if segment_ids is not None:
+        real = segment_ids >= 0
+    else:  # chunks without padding have the same constant gates: one set of sums serves them
+        real = jnp.ones((1, chunk if length % chunk == 0 else length), bool)
+    gates = log_decay
+    if log_decay.ndim == 2 or segment_ids is not None:
         gates = jnp.where(real[:, :, None, None], log_decay, 0)
-    else:
-        gates = log_decay if segment_ids is None else jnp.where(segment_ids[..., None, None] >= 0, log_decay, 0)
     q, k, v, gates = (jnp.moveaxis(to_chunks(x, chunk), 2, 3) for x in (q, k, v, gates))  # [B, N, H, C, ...]
     sums = vector_decay_sums(gates)
 

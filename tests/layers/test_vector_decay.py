@@ -1,0 +1,210 @@
+"""GLA, HGRN2, RWKV-5 and RWKV-6: whole public models, where weights start, and the layers they contain."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effattn_jax.layers import RWKV5, RWKV6, LayerNorm, RWKV5ChannelMix, RWKV6ChannelMix
+from tests.layers.catalogue import jit
+from tests.layers.golden import assert_fla_model, golden, load, under
+
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+QKV = ("q", "k", "v")
+
+
+def gla_options(config, layer):
+    return {
+        "heads": config["num_heads"],
+        "kv_heads": config["num_kv_heads"],
+        "expand_k": config["expand_k"],
+        "expand_v": config["expand_v"],
+        "conv_width": config["conv_size"] if config["use_short_conv"] else None,
+        "gate_floor": config["clamp_min"],
+        "norm_eps": config["norm_eps"],
+    }
+
+
+def gla_weights(t, config, layer):
+    ours = {"o_proj": "out_proj", "g_proj": "gate_proj", "gk_proj.0": "decay_proj.down", "gk_proj.1": "decay_proj.up"}
+    ours |= {f"{name}_proj": f"{name}_proj" for name in QKV}
+    taps = {f"{name}_conv.taps": t[f"{name}_conv1d.weight"][:, 0].T for name in QKV if config["use_short_conv"]}
+    return {
+        **{f"{name}.kernel": t[f"{theirs}.weight"].T for theirs, name in ours.items()},
+        **taps,
+        "decay_proj.up.bias": t["gk_proj.1.bias"],
+        "norm.scale": t["g_norm_swish_gate.weight"],
+    }
+
+
+@pytest.mark.parametrize("name", ["fla_gla", "fla_gla_gqa_conv"])
+def test_gla_is_that_of_flash_linear_attention(name):
+    assert_fla_model(name, "gla", gla_options, gla_weights)
+
+
+def test_hgrn2_is_that_of_flash_linear_attention():
+    """Logits of the lower bounds are the model's; each of our layers has them all. The eps of the config, 1e-6, is
+    not that of the norm in its mixers, 1e-5."""
+
+    def weights(t, config, layer):
+        ours = {"q_proj": "q_proj", "f_proj": "f_proj", "i_proj": "i_proj", "o_proj": "out_proj"}
+        return {
+            **{f"{name}.kernel": t[f"{theirs}.weight"].T for theirs, name in ours.items()},
+            "norm.scale": t["g_norm.weight"],
+            "bound_logits": golden("fla_hgrn2").tensors["model.lower_bounds"],
+            "layer_index": np.float32(layer),
+        }
+
+    assert_fla_model("fla_hgrn2", "hgrn2", lambda config, layer: {"head_dim": config["expand_ratio"]}, weights)
+
+
+class Model(nnx.Module):
+    """Norms with a bias, one over the embedding; x + time mix, x + channel mix."""
+
+    def __init__(self, embedding, embedding_norm, layers, last_norm, head):
+        self.embedding, self.head = nnx.Param(jnp.asarray(embedding)), nnx.Param(jnp.asarray(head))
+        self.embedding_norm, self.last_norm = norm(embedding_norm), norm(last_norm)
+        self.layers = nnx.List(nnx.List(layer) for layer in layers)
+
+    def __call__(self, tokens, states=None):
+        x, new = self.embedding_norm(self.embedding[...][tokens]), []
+        for i, (time_norm, time, channel_norm, channel) in enumerate(self.layers):
+            time_state, channel_state = (None, None) if states is None else states[i]
+            y, time_state = time(time_norm(x), time_state)
+            x = x + y
+            y, channel_state = channel(channel_norm(x), channel_state)
+            x = x + y
+            new.append((time_state, channel_state))
+        return self.last_norm(x) @ self.head[...].T, new
+
+    def init_states(self, batch):
+        return [(time.init_state(batch, 1), channel.init_state(batch, 1)) for _, time, _, channel in self.layers]
+
+
+forward = jit(lambda model, tokens, states=None: model(tokens, states))
+
+
+def norm(t):
+    return load(lambda: LayerNorm(t["weight"].size), {"scale": t["weight"], "bias": t["bias"]})
+
+
+PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "gate": "g_proj", "output": "out_proj"}
+
+
+def kernels(t):
+    """Projections under the authors' names."""
+    return {f"{ours}.kernel": t[f"{name}.weight"].T for name, ours in PROJECTIONS.items() if f"{name}.weight" in t}
+
+
+def vectors(t, names):
+    return {ours: t[name].reshape(-1) for ours, name in names.items()}
+
+
+def time_mix_5(t, size):
+    names = {f"mu_{c}": f"time_mix_{c}" for c in "rkvg"} | {"w": "time_decay", "u": "time_faaaa"}
+    names |= {"norm.scale": "ln_x.weight", "norm.bias": "ln_x.bias"}
+    weights = kernels(t) | vectors(t, names)
+    return load(lambda: RWKV5(t["ln_x.weight"].size, head_dim=size, rngs=nnx.Rngs(0)), weights)
+
+
+def time_mix_6(t, size, **options):
+    names = {f"mu_{c}": f"time_maa_{c}" for c in "xwkvrg"} | {"w": "time_decay", "u": "time_faaaa"}
+    names |= {"norm.scale": "ln_x.weight", "norm.bias": "ln_x.bias"}
+    matrices = {"mix_down.kernel": "maa_w1", "mix_up": "maa_w2", "w_down.kernel": "decay_w1", "w_up.kernel": "decay_w2"}
+    weights = kernels(t) | vectors(t, names) | {ours: t[f"time_{name}"] for ours, name in matrices.items()}
+    ranks = {"mix_rank": t["time_maa_w2"].shape[1], "decay_rank": t["time_decay_w2"].shape[0]}
+    make = lambda: RWKV6(t["ln_x.weight"].size, head_dim=size, **ranks, **options, rngs=nnx.Rngs(0))  # noqa: E731
+    return load(make, weights)
+
+
+def channel_mix(t, layer, mu):
+    hidden, dim = t["key.weight"].shape
+    weights = kernels(t) | vectors(t, {f"mu_{c}": f"{mu}_{c}" for c in "kr"})
+    return load(lambda: layer(dim, hidden, rngs=nnx.Rngs(0)), weights)
+
+
+@functools.cache
+def authors(name):
+    t, config = golden(name).tensors, golden(name).config
+    time, layer, mu = {
+        "rwkv5": (time_mix_5, RWKV5ChannelMix, "time_mix"),
+        "rwkv6": (time_mix_6, RWKV6ChannelMix, "time_maa"),
+    }[name]
+    layers = []
+    for i in range(config["n_layer"]):
+        own = functools.partial(under, tensors={k.removeprefix(f"blocks.{i}."): x for k, x in t.items()})
+        time_mix = time(own("att."), config["head_size"])
+        layers.append((norm(own("ln1.")), time_mix, norm(own("ln2.")), channel_mix(own("ffn."), layer, mu)))
+    return Model(t["emb.weight"], under("blocks.0.ln0.", t), layers, under("ln_out.", t), t["head.weight"])
+
+
+@pytest.mark.parametrize("name", ["rwkv5", "rwkv6"])
+def test_model_of_the_authors(name):
+    io = golden(name).io
+    logits, _ = forward(authors(name), io["input_ids"])
+    np.testing.assert_allclose(logits, io["logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["rwkv5", "rwkv6"])
+def test_states_and_generation_of_the_authors(name):
+    io, model = golden(name).io, authors(name)
+    logits, states = forward(model, io["input_ids"], model.init_states(2))
+    for i, (time, channel) in enumerate(states):
+        np.testing.assert_allclose(time.shift[:, 0], io[f"final_state/{3 * i}"], **TOLERANCE)
+        np.testing.assert_allclose(time.memory, io[f"final_state/{3 * i + 1}"], **TOLERANCE)
+        np.testing.assert_allclose(channel.shift[:, 0], io[f"final_state/{3 * i + 2}"], **TOLERANCE)
+    logits = logits[:, -1]
+    for i in range(io["gen_ids"].shape[1]):
+        np.testing.assert_allclose(logits, io["gen_logits"][:, i], **TOLERANCE)
+        np.testing.assert_array_equal(np.argmax(logits, axis=-1), io["gen_ids"][:, i])
+        logits, states = forward(model, io["gen_ids"][:, i : i + 1], states)
+        logits = logits[:, 0]
+
+
+@functools.cache
+def flash_linear_attention():
+    """Their shares come in the order r, w, k, v, g, the second factors of all in one matrix."""
+    t, config = golden("fla_rwkv6").tensors, golden("fla_rwkv6").config
+    dim, order = config["hidden_size"], [1, 2, 3, 0, 4]
+    layers = []
+    for i in range(config["num_hidden_layers"]):
+        own = functools.partial(under, tensors={k.removeprefix(f"model.layers.{i}."): x for k, x in t.items()})
+        att, ffn = own("attn."), own("ffn.")
+        down = att["x_proj.0.linear.weight"].T.reshape(dim, 5, -1)[:, order]
+        up = att["x_proj.2.weight"].reshape(dim, 5, -1)[:, order].transpose(1, 2, 0)
+        names = {"receptance": "r_proj.linear", "key": "k_proj.linear", "value": "v_proj.linear"}
+        names |= {"gate": "g_proj.linear", "output": "o_proj"}
+        time = {
+            **{f"{theirs}.weight": att[f"{name}.weight"] for theirs, name in names.items()},
+            **{f"time_maa_{c}": att["x_bias"][j] for j, c in enumerate("rwkvg")},
+            "time_maa_x": att["x_proj.0.mu"],
+            "time_maa_w1": down.reshape(dim, -1),
+            "time_maa_w2": up,
+            "time_decay": att["w_proj.linear.lora.2.bias"],
+            "time_decay_w1": att["w_proj.linear.lora.0.weight"].T,
+            "time_decay_w2": att["w_proj.linear.lora.2.weight"].T,
+            "time_faaaa": att["bonus"],
+            "ln_x.weight": att["g_norm.weight"],
+            "ln_x.bias": att["g_norm.bias"],
+        }
+        channel = {
+            "key.weight": ffn["key.linear.weight"],
+            "value.weight": ffn["value.weight"],
+            "receptance.weight": ffn["receptance.linear.weight"],
+            "mu_k": ffn["key.mu"],
+            "mu_r": ffn["receptance.mu"],
+        }
+        time_mix = time_mix_6(time, dim // config["num_heads"], norm_eps=config["norm_eps"])
+        channels = channel_mix(channel, RWKV6ChannelMix, "mu")
+        layers.append((norm(own("attn_norm.")), time_mix, norm(own("ffn_norm.")), channels))
+    embedding_norm = under("model.layers.0.pre_norm.", t)
+    return Model(t["model.embeddings.weight"], embedding_norm, layers, under("model.norm.", t), t["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("tokens", "logits"), [("input_ids", "logits"), ("long_ids", "long_logits")])
+def test_rwkv6_is_that_of_flash_linear_attention(tokens, logits):
+    io = golden("fla_rwkv6").io
+    got, _ = forward(flash_linear_attention(), io[tokens])
+    np.testing.assert_allclose(got, io[logits], **TOLERANCE)
