@@ -17,6 +17,7 @@ from effattn_jax.layers.comba import Comba
 from effattn_jax.layers.delta_layer import DeltaState
 from effattn_jax.layers.delta_net import DeltaNet
 from effattn_jax.layers.fast_weight import FastWeight, FastWeightState
+from effattn_jax.layers.fox import ForgettingAttention, ForgettingState
 from effattn_jax.layers.gated_delta_net import GatedDeltaNet
 from effattn_jax.layers.gated_delta_net2 import GatedDeltaNet2
 from effattn_jax.layers.gated_delta_product import GatedDeltaProduct
@@ -50,6 +51,7 @@ MIXERS = {
     "comba": Comba,
     "delta_net": DeltaNet,
     "fast_weight": FastWeight,
+    "fox": ForgettingAttention,
     "gated_delta_net": GatedDeltaNet,
     "gated_delta_net2": GatedDeltaNet2,
     "gated_delta_product": GatedDeltaProduct,
@@ -90,6 +92,8 @@ __all__ = [
     "DeltaState",
     "FastWeight",
     "FastWeightState",
+    "ForgettingAttention",
+    "ForgettingState",
     "GLAState",
     "GatedDeltaNet",
     "GatedDeltaNet2",

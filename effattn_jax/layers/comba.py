@@ -21,7 +21,7 @@ class Comba(DeltaLayer):
 
         p = sigmoid(d) k,   q <- q - D p,   q and k to length one
         S_t = e^{g_t} S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T,   o_t = K^{-1/2} S_t^T q_t
-        output = W_o (RMSNorm(o) * silu(W_g x))
+        output = W_o (RMSNorm(o) * sigmoid(W_g x))
 
     for every head, which is `dplr` with a = -p, b = beta k, v = beta v. Unlike the k of Gated DeltaNet p reads the
     memory before it decays. d and D are learned, a number per head.
@@ -35,6 +35,8 @@ class Comba(DeltaLayer):
         does to it. By default it is sigmoid(d) long.
       output_gate: without it the output is W_o RMSNorm(o).
     """
+
+    gate_activation = staticmethod(jax.nn.sigmoid)
 
     def __init__(
         self,

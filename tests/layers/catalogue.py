@@ -13,13 +13,14 @@ from flax import nnx
 
 from effattn_jax.layers.buffer import Buffer
 from effattn_jax.models.blueprint import blueprint
-from tests.layers.records import delta, linear_attention, mamba2, path, rwkv7, softmax, vector_decay
+from tests.layers.records import delta, fox, linear_attention, mamba2, path, rwkv7, softmax, vector_decay
 from tests.layers.records.record import BATCH, DIM
 from tests.ratio import FLOAT32, error_ratio
 
 RECORDS = {
     **softmax.RECORDS,
     **path.RECORDS,
+    **fox.RECORDS,
     **linear_attention.RECORDS,
     **mamba2.RECORDS,
     **vector_decay.RECORDS,

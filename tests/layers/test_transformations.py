@@ -45,7 +45,7 @@ def test_gradients_reach_every_parameter(name):
     gradient, recomputed = parameter_gradients(layer(name), inputs(LENGTH), random("weights", BATCH, LENGTH, DIM))
     assert type(gradient) is type(layer(name))
     for path, variable in nnx.to_flat_state(nnx.state(gradient, nnx.Param)):
-        if isinstance(variable, Buffer):
+        if isinstance(variable, Buffer) or ".".join(path).startswith(RECORDS[name].idle):
             continue
         size = np.abs(np.asarray(variable[...]))
         assert np.isfinite(size).all(), path

@@ -11,3 +11,4 @@ class Record(NamedTuple):
     layer: Any
     options: dict
     slow: bool = False  # another layout of a layer that is listed too
+    idle: tuple[str, ...] = ()  # beginnings of names of parameters without effect in a layer that stands alone
