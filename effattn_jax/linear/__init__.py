@@ -1,10 +1,13 @@
 """Memories of fixed size, as pure functions: `(inputs, initial_state) -> (out, final_state)`."""
 
 from effattn_jax.linear.delta_rule import delta_rule
+from effattn_jax.linear.diagonal_scan import diagonal_scan
 from effattn_jax.linear.dplr import dplr
 from effattn_jax.linear.favor import FavorState, draw_omega, favor_attention
 from effattn_jax.linear.linear_attention import linear_attention
+from effattn_jax.linear.log_linear import LogLinearState, log_linear_attention
 from effattn_jax.linear.scalar_decay import scalar_decay
+from effattn_jax.linear.selective_scan import selective_scan
 from effattn_jax.linear.titans_memory import TitansState, titans_memory
 from effattn_jax.linear.ttt_forms import TTTState
 from effattn_jax.linear.ttt_linear import ttt_linear
@@ -13,14 +16,18 @@ from effattn_jax.linear.vector_decay import vector_decay
 
 __all__ = [
     "FavorState",
+    "LogLinearState",
     "TTTState",
     "TitansState",
     "delta_rule",
+    "diagonal_scan",
     "dplr",
     "draw_omega",
     "favor_attention",
     "linear_attention",
+    "log_linear_attention",
     "scalar_decay",
+    "selective_scan",
     "titans_memory",
     "ttt_linear",
     "ttt_mlp",

@@ -42,3 +42,9 @@ def chunk_masks(segment_ids: Int[Array, "B N C"]) -> ChunkMasks:
         out=segment_ids == leaving[:, :, None],
         keep=entering == leaving,
     )
+
+
+def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """The first token of every document but the first of a row: to that one belongs the state before the row."""
+    before = jnp.pad(jax.lax.cummax(jnp.maximum(segment_ids, -1), axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return (segment_ids >= 0) & (before >= 0) & (segment_ids != before)

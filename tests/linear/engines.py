@@ -2,10 +2,25 @@
 
 import pytest
 
-from tests.linear.records import scalar_decay, titans_memory, ttt, vector_decay
+from tests.linear.records import (
+    delta_rule,
+    diagonal_scan,
+    dplr,
+    log_linear,
+    scalar_decay,
+    selective_scan,
+    titans_memory,
+    ttt,
+    vector_decay,
+)
 
 ENGINES = [
+    *delta_rule.RECORDS,
+    *diagonal_scan.RECORDS,
+    *dplr.RECORDS,
+    *log_linear.RECORDS,
     *scalar_decay.RECORDS,
+    *selective_scan.RECORDS,
     *titans_memory.RECORDS,
     *ttt.RECORDS,
     *vector_decay.RECORDS,

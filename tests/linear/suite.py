@@ -57,6 +57,7 @@ class Engine:
     map: Callable | None = None  # (inputs, segment_ids) -> the affine map of all tokens, in float32
     forms: tuple[str, ...] = ("recurrent", "parallel", "chunkwise", "associative")
     bad: Mapping[str, tuple] = MappingProxyType({})  # more bad arguments: case -> (argument, what is done to it)
+    output_is_state: bool = False  # the memory after every token is what it returns
     variant: bool = False  # another layout of an engine that is listed too: its checks are marked slow
 
     def take(self, name, x, rows=slice(None), tokens=slice(None)):
