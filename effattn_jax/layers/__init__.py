@@ -13,6 +13,7 @@ into Linen's box; `nn.scan` then adds its axis by the name in `metadata_params={
 """
 
 from effattn_jax.layers.attention import Attention
+from effattn_jax.layers.causal_convolution import CausalConvolution, CausalConvolutionState
 from effattn_jax.layers.comba import Comba
 from effattn_jax.layers.delta_layer import DeltaState
 from effattn_jax.layers.delta_net import DeltaNet
@@ -22,18 +23,23 @@ from effattn_jax.layers.gated_delta_net import GatedDeltaNet
 from effattn_jax.layers.gated_delta_net2 import GatedDeltaNet2
 from effattn_jax.layers.gated_delta_product import GatedDeltaProduct
 from effattn_jax.layers.gla import GatedLinearAttention, GLAState
+from effattn_jax.layers.hgrn import HGRN, HGRNState
 from effattn_jax.layers.hgrn2 import HGRN2, HGRN2State
 from effattn_jax.layers.kda import KimiDeltaAttention
 from effattn_jax.layers.l2_norm import l2_norm
 from effattn_jax.layers.layer_norm import LayerNorm
 from effattn_jax.layers.lightning import LightningAttention, LightningState
 from effattn_jax.layers.linear_attention import LinearAttention, LinearAttentionState
+from effattn_jax.layers.log_linear import LogLinear, LogLinearLayerState
 from effattn_jax.layers.low_rank import LowRank
+from effattn_jax.layers.mamba import Mamba, MambaState
 from effattn_jax.layers.mamba2 import Mamba2, Mamba2State
+from effattn_jax.layers.mesa_net import MesaNet, MesaNetState
 from effattn_jax.layers.path_attention import PathAttention, PathState
 from effattn_jax.layers.performer import Performer, PerformerState
 from effattn_jax.layers.projection import Projection
 from effattn_jax.layers.retention import MultiScaleRetention, RetentionState
+from effattn_jax.layers.rg_lru import RGLRU, RGLRUState
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.layers.rope import rope
 from effattn_jax.layers.rwkv5 import RWKV5
@@ -45,9 +51,13 @@ from effattn_jax.layers.rwkv_time_mix import RWKVState
 from effattn_jax.layers.short_convolution import ShortConvolution
 from effattn_jax.layers.swiglu import SwiGLU
 from effattn_jax.layers.token_shift import token_shift
+from effattn_jax.layers.ttt import TTTLayerState
+from effattn_jax.layers.ttt_linear import TTTLinear
+from effattn_jax.layers.ttt_mlp import TTTMLP
 
 MIXERS = {
     "attention": Attention,
+    "causal_convolution": CausalConvolution,
     "comba": Comba,
     "delta_net": DeltaNet,
     "fast_weight": FastWeight,
@@ -56,17 +66,24 @@ MIXERS = {
     "gated_delta_net2": GatedDeltaNet2,
     "gated_delta_product": GatedDeltaProduct,
     "gla": GatedLinearAttention,
+    "hgrn": HGRN,
     "hgrn2": HGRN2,
     "kda": KimiDeltaAttention,
     "lightning": LightningAttention,
     "linear_attention": LinearAttention,
+    "log_linear": LogLinear,
+    "mamba": Mamba,
     "mamba2": Mamba2,
+    "mesa_net": MesaNet,
     "path": PathAttention,
     "performer": Performer,
     "retention": MultiScaleRetention,
+    "rg_lru": RGLRU,
     "rwkv5": RWKV5,
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,
+    "ttt_linear": TTTLinear,
+    "ttt_mlp": TTTMLP,
 }
 """The mixers a model pattern can name."""
 
@@ -80,12 +97,17 @@ FEED_FORWARDS = {
 
 __all__ = [
     "FEED_FORWARDS",
+    "HGRN",
     "HGRN2",
     "MIXERS",
+    "RGLRU",
     "RWKV5",
     "RWKV6",
     "RWKV7",
+    "TTTMLP",
     "Attention",
+    "CausalConvolution",
+    "CausalConvolutionState",
     "ChannelMixState",
     "Comba",
     "DeltaNet",
@@ -100,21 +122,29 @@ __all__ = [
     "GatedDeltaProduct",
     "GatedLinearAttention",
     "HGRN2State",
+    "HGRNState",
     "KimiDeltaAttention",
     "LayerNorm",
     "LightningAttention",
     "LightningState",
     "LinearAttention",
     "LinearAttentionState",
+    "LogLinear",
+    "LogLinearLayerState",
     "LowRank",
+    "Mamba",
     "Mamba2",
     "Mamba2State",
+    "MambaState",
+    "MesaNet",
+    "MesaNetState",
     "MultiScaleRetention",
     "PathAttention",
     "PathState",
     "Performer",
     "PerformerState",
     "Projection",
+    "RGLRUState",
     "RMSNorm",
     "RWKV5ChannelMix",
     "RWKV6ChannelMix",
@@ -124,6 +154,8 @@ __all__ = [
     "RetentionState",
     "ShortConvolution",
     "SwiGLU",
+    "TTTLayerState",
+    "TTTLinear",
     "l2_norm",
     "rope",
     "token_shift",

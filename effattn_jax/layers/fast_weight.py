@@ -1,4 +1,4 @@
-"""Fast weight programmers: a matrix memory that adds or replaces associations (Schlag et al. 2021, arXiv:2102.11174)."""
+"""Fast weights: a matrix memory that adds or replaces associations (Schlag et al. 2021, arXiv:2102.11174)."""
 
 import math
 from typing import Any, NamedTuple

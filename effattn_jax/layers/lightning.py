@@ -17,7 +17,7 @@ from effattn_jax.layers.projection import Projection
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.layers.rope import rope
 from effattn_jax.linear import scalar_decay
-from effattn_jax.typing import Array, Float, Hidden, Int, MatrixState, Positions, SegmentIds
+from effattn_jax.typing import Array, Hidden, Int, MatrixState, Positions, SegmentIds
 
 
 def alibi_slopes(heads: int) -> list[float]:

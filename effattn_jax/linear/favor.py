@@ -36,7 +36,9 @@ def draw_omega(key: Array, features: int, dim: int, *, orthogonal: bool = True, 
     if not orthogonal:
         return normal
     blocks = -(-features // dim)
-    rows, _ = jnp.linalg.qr(jax.random.normal(directions, (blocks, dim, dim)))
+    rows, triangle = jnp.linalg.qr(jax.random.normal(directions, (blocks, dim, dim)))
+    # QR fixes the signs of Q by convention: without them rows are uniform on the sphere, and the estimate unbiased
+    rows *= jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]
     rows = rows.reshape(blocks * dim, dim)[:features]
     return rows * (dim**0.5 if scaling == "sqrt" else jnp.linalg.norm(normal, axis=-1, keepdims=True))
 

@@ -2,16 +2,22 @@
 
 from effattn_jax.sparse.attention import attention
 from effattn_jax.sparse.cache import KVCache, cached_attention, init_cache
+from effattn_jax.sparse.forgetting import forgetting_attention
+from effattn_jax.sparse.forgetting_cache import ForgettingCache, cached_forgetting_attention, init_forgetting_cache
 from effattn_jax.sparse.path import path_attention
 from effattn_jax.sparse.path_cache import PathCache, cached_path_attention, init_path_cache
 
 __all__ = [
+    "ForgettingCache",
     "KVCache",
     "PathCache",
     "attention",
     "cached_attention",
+    "cached_forgetting_attention",
     "cached_path_attention",
+    "forgetting_attention",
     "init_cache",
+    "init_forgetting_cache",
     "init_path_cache",
     "path_attention",
 ]

@@ -13,7 +13,18 @@ from flax import nnx
 
 from effattn_jax.layers.buffer import Buffer
 from effattn_jax.models.blueprint import blueprint
-from tests.layers.records import delta, fox, linear_attention, mamba2, path, rwkv7, softmax, vector_decay
+from tests.layers.records import (
+    delta,
+    diagonal,
+    fox,
+    linear_attention,
+    log_linear_mesa,
+    mamba2,
+    path,
+    rwkv7,
+    softmax,
+    vector_decay,
+)
 from tests.layers.records.record import BATCH, DIM
 from tests.ratio import FLOAT32, error_ratio
 
@@ -22,9 +33,11 @@ RECORDS = {
     **path.RECORDS,
     **fox.RECORDS,
     **linear_attention.RECORDS,
+    **log_linear_mesa.RECORDS,
     **mamba2.RECORDS,
     **vector_decay.RECORDS,
     **delta.RECORDS,
+    **diagonal.RECORDS,
     **rwkv7.RECORDS,
 }
 EVERY = pytest.mark.parametrize(
