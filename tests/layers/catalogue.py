@@ -23,6 +23,7 @@ from tests.layers.records import (
     path,
     rwkv7,
     softmax,
+    ttt,
     vector_decay,
 )
 from tests.layers.records.record import BATCH, DIM
@@ -39,6 +40,7 @@ RECORDS = {
     **delta.RECORDS,
     **diagonal.RECORDS,
     **rwkv7.RECORDS,
+    **ttt.RECORDS,
 }
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if record.slow else []) for name, record in RECORDS.items()]

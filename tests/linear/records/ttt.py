@@ -60,9 +60,9 @@ def _state_drawer(widths):
     """Inside a mini-batch, at any place but the first."""
 
     def draw(rng, sizes):
-        shape = (sizes.batch, sizes.heads[0])
+        shape, place = (sizes.batch, sizes.heads[0]), rng.integers(1, MINI_BATCH, sizes.batch).astype(np.int32)
         weights, gathered = (tuple(_network(rng, shape, widths(sizes.key_dim), size)) for size in (1.0, 0.3))
-        return TTTState(weights, gathered, rng.integers(1, MINI_BATCH, sizes.batch).astype(np.int32))
+        return TTTState(weights, gathered, place)
 
     return draw
 

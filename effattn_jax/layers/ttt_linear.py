@@ -1,0 +1,71 @@
+"""TTT-Linear: the memory is an affine map that learns from every token (Sun et al. 2024, arXiv:2407.04620)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from effattn_jax.dispatch import Implementation
+from effattn_jax.layers.ttt import TTTLayer
+from effattn_jax.linear import TTTState, ttt_linear
+from effattn_jax.linear.inner_loss import Affine, Network
+from effattn_jax.typing import Array
+
+
+class TTTLinear(TTTLayer):
+    """f(x) = x W + b for every head is trained, mini-batch by mini-batch, to send keys to values:
+
+        loss_j = 1/2 |LN(f(k_j)) - (v_j - k_j)|^2
+        (W_i, b_i) = (W, b) - token_scale_i * sum_{j <= i} lr_j grad loss_j(W, b),   o_i = q_i + LN(q_i W_i + b_i)
+
+    which is `ttt_linear`; the next mini-batch starts from the last (W_i, b_i). See `TTTLayer` for what is around it.
+
+    Args:
+      dim: D = H K.
+      head_dim: K.
+      mini_batch: tokens whose gradients are taken at the same weights.
+      base_lr: the largest step of a token, times K.
+      backbone: "transformer" (projections of their own for q and k) or "mamba" (one projection for both, then a causal
+        convolution for each, and a gate on the output).
+      conv_width: taps of the convolutions.
+      rope_theta: base of the rotary positions, which begin anew with every mini-batch. Halves of a head are turned as
+        pairs (`rope`). The authors turn neighbours: their checkpoints fit with the even channels of each head put
+        before the odd ones, wherever those channels are read or written.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        head_dim: int = 64,
+        mini_batch: int = 16,
+        base_lr: float = 1.0,
+        backbone: str = "transformer",
+        conv_width: int = 4,
+        rope_theta: float = 10_000.0,
+        dtype: Any = jnp.float32,
+        implementation: Implementation = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            dim,
+            head_dim=head_dim,
+            mini_batch=mini_batch,
+            base_lr=base_lr,
+            backbone=backbone,
+            conv_width=conv_width,
+            rope_theta=rope_theta,
+            dtype=dtype,
+            implementation=implementation,
+            rngs=rngs,
+        )
+        start = nnx.initializers.normal(0.02)
+        shape = (self.heads, head_dim, head_dim)
+        self.W = nnx.Param(start(rngs.params(), shape, jnp.float32), axes=("heads", "head", "head"))
+        self.b = nnx.Param(jnp.zeros(shape[:2], jnp.float32), axes=("heads", "head"))
+
+    def network(self) -> Network:
+        return (Affine(self.W[...], self.b[...]),)
+
+    def train(self, *tokens: Array, **call: Any) -> tuple[Array, TTTState]:
+        return ttt_linear(*tokens, self.W[...], self.b[...], self.ln_scale[...], self.ln_bias[...], **call)
