@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from effattn_jax.dispatch import Implementation, dispatch
 from effattn_jax.linear.affine import DenseMap, dense_map
 from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
-from effattn_jax.linear.chunk_decay import chunk_decay, split_heads
+from effattn_jax.linear.chunk_decay import ChunkDecay, chunk_decay, split_heads
 from effattn_jax.linear.chunks import from_chunks
 from effattn_jax.linear.low_rank_map import LowRankMap, states_between
 from effattn_jax.linear.recurrence import recurrence
@@ -199,12 +199,19 @@ def chunkwise(
     length, dtype = q.shape[1], v.dtype
     decay = chunk_decay(log_decay, segment_ids, chunk)
     q, k, v, beta = (split_heads(x, chunk) for x in (q, k, v, beta))  # [B, N, H, C, ...]
-    into, out = ((k * x).astype(dtype) for x in (decay.into, decay.out))
-    solve = unit_lower_inverse(beta[..., None] * decay.scores(k, k, strict=True)) * beta[..., None, :]
-    values = contract("...ij,...jv->...iv", solve.astype(dtype), v)
-    erase = contract("...ij,...jk->...ik", solve.astype(dtype), into).astype(dtype)
-    maps = LowRankMap(decay.keep, out, -erase, values)
+    maps = chunk_maps(k, v, beta, decay)
     entering, writes, state = states_between(maps, initial_state, associative=associative)
     read = contract("...ck,...kv->...cv", (q * decay.into).astype(dtype), entering.astype(dtype))
     read = read + contract("...ij,...jv->...iv", decay.scores(q, k).astype(dtype), writes.astype(dtype))
     return from_chunks(jnp.moveaxis(read, 2, 3), length), state
+
+
+def chunk_maps(
+    k: Float[Array, "B N H C K"], v: Float[Array, "B N H C V"], beta: Float[Array, "B N H C"], decay: ChunkDecay
+) -> LowRankMap:
+    """What each chunk does to the state that enters it; X is its inner value."""
+    into, out = ((k * x).astype(v.dtype) for x in (decay.into, decay.out))
+    solve = unit_lower_inverse(beta[..., None] * decay.scores(k, k, strict=True)) * beta[..., None, :]
+    values = contract("...ij,...jv->...iv", solve.astype(v.dtype), v)
+    erase = contract("...ij,...jk->...ik", solve.astype(v.dtype), into)
+    return LowRankMap(decay.keep, out, -erase.astype(v.dtype), values)
