@@ -42,7 +42,7 @@ class FeatureMap(nnx.Module):
         if name == "dpfp" and nu < 1:
             checks.fail("nu", nu, "at least 1")
         width = key_dim if feature_dim is None else feature_dim
-        self.name, self.nu, self.max_length, self.dtype = name, nu, max_length, dtype
+        self.name, self.nu, self.max_length, self.dtype = name, nu, max_length or 0, dtype
         self.features = {
             "cosformer": 2 * key_dim,
             "taylor": 1 + key_dim + key_dim**2,
@@ -78,7 +78,6 @@ class FeatureMap(nnx.Module):
             case "squared_relu":
                 y = feature_maps.squared_relu(x)
             case "cosformer":
-                assert self.max_length is not None
                 y = feature_maps.cosformer(x, positions, self.max_length)
             case "taylor":
                 y = feature_maps.taylor(x)

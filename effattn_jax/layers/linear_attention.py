@@ -93,8 +93,16 @@ class LinearAttention(nnx.Module):
         self.out_proj = Projection(heads * value_dim, dim, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
         def phi(heads: int) -> FeatureMap:
-            options = {"feature_dim": feature_dim, "nu": nu, "max_length": max_length}
-            return FeatureMap(feature_map, heads, key_dim, **options, dtype=dtype, rngs=rngs)
+            return FeatureMap(
+                feature_map,
+                heads,
+                key_dim,
+                feature_dim=feature_dim,
+                nu=nu,
+                max_length=max_length,
+                dtype=dtype,
+                rngs=rngs,
+            )
 
         if tie_feature_map:
             checks.check_head_groups("kv_heads", heads, "keys, where they share a feature map,", kv_heads)

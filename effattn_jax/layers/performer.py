@@ -106,7 +106,8 @@ class Performer(nnx.Module):
         checks.check_segment_ids(segment_ids, *x.shape[:2])
         if state is not None:
             state = forget_other_documents(state, segment_ids)
-        omega, where = constant(self.omega), {"segment_ids": segment_ids, "implementation": self.implementation}
+        omega = constant(self.omega)
+        where: dict[str, Any] = {"segment_ids": segment_ids, "implementation": self.implementation}
         shape = (*x.shape[:2], self.heads, self.head_dim)
         q, k, v = (project(x).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.kernel == "softmax":
@@ -114,8 +115,9 @@ class Performer(nnx.Module):
             o, (memory, key_max) = favor_attention(q, k, v, omega, eps=self.eps, initial_state=before, **where)
         else:
             phi_q, phi_k = (favor_relu(x, omega).astype(self.dtype) for x in (q, k))
-            memory, key_max = (None, jnp.zeros(())) if state is None else state[:2]
-            o, memory = linear_attention(phi_q, phi_k, v, eps=self.eps, initial_state=memory, **where)
+            memory_before = None if state is None else state.memory
+            o, memory = linear_attention(phi_q, phi_k, v, eps=self.eps, initial_state=memory_before, **where)
+            key_max = jnp.zeros(memory.shape[:2], jnp.float32)
         y = self.out_proj(o.reshape(*x.shape[:2], self.heads * self.head_dim))
         if state is None:
             return y, None
@@ -131,13 +133,13 @@ def redraw[Model: nnx.Module](model: Model, key: Array) -> Model:
         if step % 1000 == 0:
             model = jax.jit(redraw)(model, jax.random.fold_in(key, step))
     """
-    model = nnx.clone(model, variables=False)
+    model = nnx.merge(*nnx.split(model))  # variables of its own
     for i, (_, module) in enumerate(nnx.iter_modules(model)):
         if isinstance(module, Performer):
-            stack = module.omega.shape[:-2]
+            stack = module.omega.shape[:-2]  # of a model that repeats its layers
             keys = jax.random.split(jax.random.fold_in(key, i), stack)
             draw = module._draw
             for _ in stack:
                 draw = jax.vmap(draw)
-            module.omega = module.omega.replace(draw(keys))
+            module.omega[...] = draw(keys)
     return model

@@ -8,7 +8,7 @@ from effattn_jax.typing import Array, Int, Positions, SegmentIds
 
 
 def document_positions(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     start: Int[Array, " B"] | None,
     segment_ids: SegmentIds | None,
     positions: Positions | None = None,

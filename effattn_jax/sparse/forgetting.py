@@ -28,7 +28,7 @@ class ForgetSum(NamedTuple):
     steps: Int[Array, "B T H"]
     fine: Float[Array, "B T H"]
 
-    def __sub__(self, other: "ForgetSum") -> Array:  # type: ignore[override]
+    def __sub__(self, other: "ForgetSum") -> Array:
         return (self.steps - other.steps).astype(self.fine.dtype) / STEPS + (self.fine - other.fine)
 
 
