@@ -6,6 +6,8 @@ from effattn_jax.linear.dplr import dplr
 from effattn_jax.linear.favor import FavorState, draw_omega, favor_attention
 from effattn_jax.linear.linear_attention import linear_attention
 from effattn_jax.linear.log_linear import LogLinearState, log_linear_attention
+from effattn_jax.linear.mesa import MesaState, mesa
+from effattn_jax.linear.rg_lru import rg_lru
 from effattn_jax.linear.scalar_decay import scalar_decay
 from effattn_jax.linear.selective_scan import selective_scan
 from effattn_jax.linear.titans_memory import TitansState, titans_memory
@@ -17,6 +19,7 @@ from effattn_jax.linear.vector_decay import vector_decay
 __all__ = [
     "FavorState",
     "LogLinearState",
+    "MesaState",
     "TTTState",
     "TitansState",
     "delta_rule",
@@ -26,6 +29,8 @@ __all__ = [
     "favor_attention",
     "linear_attention",
     "log_linear_attention",
+    "mesa",
+    "rg_lru",
     "scalar_decay",
     "selective_scan",
     "titans_memory",
