@@ -35,6 +35,7 @@ from effattn_jax.layers.low_rank import LowRank
 from effattn_jax.layers.mamba import Mamba, MambaState
 from effattn_jax.layers.mamba2 import Mamba2, Mamba2State
 from effattn_jax.layers.mesa_net import MesaNet, MesaNetState
+from effattn_jax.layers.neural_memory import MemoryState
 from effattn_jax.layers.path_attention import PathAttention, PathState
 from effattn_jax.layers.performer import Performer, PerformerState
 from effattn_jax.layers.projection import Projection
@@ -50,6 +51,10 @@ from effattn_jax.layers.rwkv_channel_mix import RWKV5ChannelMix, RWKV6ChannelMix
 from effattn_jax.layers.rwkv_time_mix import RWKVState
 from effattn_jax.layers.short_convolution import ShortConvolution
 from effattn_jax.layers.swiglu import SwiGLU
+from effattn_jax.layers.titans import Titans
+from effattn_jax.layers.titans_mac import MACState, TitansMAC
+from effattn_jax.layers.titans_mag import MAGState, TitansMAG
+from effattn_jax.layers.titans_mal import MALState, TitansMAL
 from effattn_jax.layers.token_shift import token_shift
 from effattn_jax.layers.ttt import TTTLayerState
 from effattn_jax.layers.ttt_linear import TTTLinear
@@ -82,6 +87,10 @@ MIXERS = {
     "rwkv5": RWKV5,
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,
+    "titans": Titans,
+    "titans_mac": TitansMAC,
+    "titans_mag": TitansMAG,
+    "titans_mal": TitansMAL,
     "ttt_linear": TTTLinear,
     "ttt_mlp": TTTMLP,
 }
@@ -132,10 +141,14 @@ __all__ = [
     "LogLinear",
     "LogLinearLayerState",
     "LowRank",
+    "MACState",
+    "MAGState",
+    "MALState",
     "Mamba",
     "Mamba2",
     "Mamba2State",
     "MambaState",
+    "MemoryState",
     "MesaNet",
     "MesaNetState",
     "MultiScaleRetention",
@@ -156,6 +169,10 @@ __all__ = [
     "SwiGLU",
     "TTTLayerState",
     "TTTLinear",
+    "Titans",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
     "l2_norm",
     "rope",
     "token_shift",

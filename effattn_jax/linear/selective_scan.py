@@ -93,7 +93,7 @@ def selective_scan(
         choose_form(form, length),
     )
     if D is not None:
-        y = y + D * real_tokens(x, segment_ids)
+        y = y + D.astype(accumulate) * real_tokens(x, segment_ids)
     return y.astype(x.dtype), state
 
 

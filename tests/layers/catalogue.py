@@ -23,6 +23,7 @@ from tests.layers.records import (
     path,
     rwkv7,
     softmax,
+    titans,
     ttt,
     vector_decay,
 )
@@ -39,6 +40,7 @@ RECORDS = {
     **vector_decay.RECORDS,
     **delta.RECORDS,
     **diagonal.RECORDS,
+    **titans.RECORDS,
     **rwkv7.RECORDS,
     **ttt.RECORDS,
 }

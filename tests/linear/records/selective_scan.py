@@ -1,5 +1,6 @@
 """The selective scan, with and without its skip. Channels are drawn as heads of several, which it does not know."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax.linear.selective_scan import chunkwise, selective_scan, selective_scan_map
@@ -58,7 +59,7 @@ def _chunkwise(inputs, initial_state, segment_ids, chunk):
     D = flat.pop("D", 0)
     y, state = chunkwise(**flat, initial_state=state, segment_ids=segment_ids, chunk=chunk)
     if segment_ids is not None:
-        D = np.where(segment_ids[..., None] >= 0, D, 0)
+        D = jnp.where(segment_ids[..., None] >= 0, D, 0)
     return _with_heads(inputs["x"].shape[2:], y + D * flat["x"], state)
 
 
