@@ -17,7 +17,7 @@ NAMES = (
 
 
 class FeatureMap(nnx.Module):
-    """phi(x): [B, T, H, K] -> [B, T, H, features]; see `effattn_jax.linear.feature_maps`.
+    """phi(x): [B, T, H, K] -> [B, T, H, features], computed in float32; see `effattn_jax.linear.feature_maps`.
 
     "hedgehog" starts from the identity, W = I; "t2r" and "elementwise_product" from random matrices and zero biases;
     "rebased" from gamma = 1 and beta = 0. Each head has its own.
@@ -70,6 +70,7 @@ class FeatureMap(nnx.Module):
             self.gamma, self.beta = vector(1, key_dim), vector(0, key_dim)
 
     def __call__(self, x: Float[Array, "B T H K"], positions: Positions) -> Float[Array, "B T H F"]:
+        x = x.astype(jnp.float32)
         match self.name:
             case "elu":
                 y = feature_maps.elu_plus_one(x)

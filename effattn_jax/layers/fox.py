@@ -122,7 +122,8 @@ class ForgettingAttention(nnx.Module):
                 shift = shift._replace(k=k_tail, v=v_tail)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
+        q = q.reshape(*x.shape[:2], self.heads, self.head_dim)
+        k, v = (y.reshape(*x.shape[:2], self.kv_heads, self.head_dim) for y in (k, v))
         log_forget = jax.nn.log_sigmoid(self.forget_proj(x).astype(jnp.float32))
         if state is None or shift is None:
             o, new_state = forgetting_attention(q, k, v, log_forget, segment_ids=segment_ids), None

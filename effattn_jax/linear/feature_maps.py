@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax import checks
-from effattn_jax.precision import contract
 from effattn_jax.typing import Array, Float, Positions
 
 HeadWeights = Float[Array, "H K F"]
@@ -93,4 +92,4 @@ def sum_normalise(phi: Float[Array, "*batch F"], eps: float = 1e-5) -> Float[Arr
 
 
 def _per_head(x: Array, weight: Array) -> Array:
-    return contract("...hk,hkf->...hf", x, weight.astype(x.dtype)).astype(x.dtype)
+    return jnp.einsum("...hk,hkf->...hf", x, weight.astype(x.dtype), precision="highest")
