@@ -120,20 +120,20 @@ class GatedLinearAttention(nnx.Module):
         memory, tails = (None, None) if state is None else state[:2]
 
         q, k, v, tails = self._convolved(self.q_proj(x), self.k_proj(x), self.v_proj(x), tails, segment_ids)
-        by_heads = lambda y, heads: y.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+        by_heads = lambda y, heads, size: y.reshape(*x.shape[:2], heads, size)  # noqa: E731
         log_decay = jax.nn.log_sigmoid(self.decay_proj(x).astype(jnp.float32)) / self.gate_temperature
         if self.gate_floor is not None:
             log_decay = jnp.maximum(log_decay, self.gate_floor)
         o, memory = vector_decay(
-            by_heads(q, self.heads),
-            by_heads(k, self.kv_heads),
-            by_heads(v, self.kv_heads),
-            repeat_heads(by_heads(log_decay, self.kv_heads), self.heads),
+            by_heads(q, self.heads, self.key_dim),
+            by_heads(k, self.kv_heads, self.key_dim),
+            by_heads(v, self.kv_heads, self.value_dim),
+            repeat_heads(by_heads(log_decay, self.kv_heads, self.key_dim), self.heads),
             initial_state=memory,
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        y = self.norm(o).reshape(*x.shape[:2], -1)
+        y = self.norm(o).reshape(*x.shape[:2], self.heads * self.value_dim)
         if self.gate_proj is not None:
             y = y * jax.nn.silu(self.gate_proj(x).astype(jnp.float32))
         y = self.out_proj(y)

@@ -173,7 +173,7 @@ def chunkwise(
     bonus: Float[Array, "H K"] | None,
     initial_state: MatrixState,
     segment_ids: SegmentIds | None,
-    chunk: int = 64,
+    chunk: int | None = None,
     associative: bool = False,
 ) -> tuple[Float[Array, "B T H V"], MatrixState]:
     """In a chunk that starts from S with G_i = g_1 + ... + g_i per channel, every exponent <= 0:
@@ -185,6 +185,8 @@ def chunkwise(
     `jax.checkpoint`: the backward pass keeps the arguments and recomputes the rest.
     """
     length = q.shape[1]
+    if chunk is None:  # of the order of K; no larger than the row, as the program grows with log2 C
+        chunk = min(64, max(1, length))
     if segment_ids is not None:
         real = segment_ids >= 0
     else:  # chunks without padding have the same constant gates: one set of sums serves them

@@ -2,13 +2,27 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from effattn_jax.layers import RWKV5, RWKV6, LayerNorm, RWKV5ChannelMix, RWKV6ChannelMix
-from tests.layers.catalogue import jit
+from effattn_jax import checks
+from effattn_jax.layers import (
+    HGRN2,
+    RWKV5,
+    RWKV6,
+    GatedLinearAttention,
+    LayerNorm,
+    MultiScaleRetention,
+    RWKV5ChannelMix,
+    RWKV6ChannelMix,
+)
+from effattn_jax.layers.retention import retention_decay
+from effattn_jax.linear import vector_decay
+from effattn_jax.models.blueprint import parameters_of
+from tests.layers.catalogue import DIM, agree, filled, forward, inputs, jit, layer, random, step
 from tests.layers.golden import assert_fla_model, golden, load, under
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -83,7 +97,7 @@ class Model(nnx.Module):
         return [(time.init_state(batch, 1), channel.init_state(batch, 1)) for _, time, _, channel in self.layers]
 
 
-forward = jit(lambda model, tokens, states=None: model(tokens, states))
+run = jit(lambda model, tokens, states=None: model(tokens, states))
 
 
 def norm(t):
@@ -143,14 +157,14 @@ def authors(name):
 @pytest.mark.parametrize("name", ["rwkv5", "rwkv6"])
 def test_model_of_the_authors(name):
     io = golden(name).io
-    logits, _ = forward(authors(name), io["input_ids"])
+    logits, _ = run(authors(name), io["input_ids"])
     np.testing.assert_allclose(logits, io["logits"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["rwkv5", "rwkv6"])
 def test_states_and_generation_of_the_authors(name):
     io, model = golden(name).io, authors(name)
-    logits, states = forward(model, io["input_ids"], model.init_states(2))
+    logits, states = run(model, io["input_ids"], model.init_states(2))
     for i, (time, channel) in enumerate(states):
         np.testing.assert_allclose(time.shift[:, 0], io[f"final_state/{3 * i}"], **TOLERANCE)
         np.testing.assert_allclose(time.memory, io[f"final_state/{3 * i + 1}"], **TOLERANCE)
@@ -159,7 +173,7 @@ def test_states_and_generation_of_the_authors(name):
     for i in range(io["gen_ids"].shape[1]):
         np.testing.assert_allclose(logits, io["gen_logits"][:, i], **TOLERANCE)
         np.testing.assert_array_equal(np.argmax(logits, axis=-1), io["gen_ids"][:, i])
-        logits, states = forward(model, io["gen_ids"][:, i : i + 1], states)
+        logits, states = run(model, io["gen_ids"][:, i : i + 1], states)
         logits = logits[:, 0]
 
 
@@ -206,5 +220,166 @@ def flash_linear_attention():
 @pytest.mark.parametrize(("tokens", "logits"), [("input_ids", "logits"), ("long_ids", "long_logits")])
 def test_rwkv6_is_that_of_flash_linear_attention(tokens, logits):
     io = golden("fla_rwkv6").io
-    got, _ = forward(flash_linear_attention(), io[tokens])
+    got, _ = run(flash_linear_attention(), io[tokens])
     np.testing.assert_allclose(got, io[logits], **TOLERANCE)
+
+
+def test_gla_with_constant_gates_is_retention():
+    """Without rotation; the same gate for all channels of a head."""
+    retention = filled(lambda: MultiScaleRetention(DIM, heads=2, value_dim=8, rotation="none", rngs=nnx.Rngs(0)))
+    make = lambda: GatedLinearAttention(  # noqa: E731
+        DIM, heads=2, expand_k=1.0, gate_rank=1, gate_temperature=1.0, norm_eps=1e-6, rngs=nnx.Rngs(0)
+    )
+    log_gamma = np.asarray(retention_decay(2), np.float64)
+    weights = dict(parameters_of(retention)) | {
+        "decay_proj.down.kernel": np.zeros((DIM, 1)),
+        "decay_proj.up.kernel": np.zeros((1, DIM)),
+        "decay_proj.up.bias": np.repeat(log_gamma - np.log(-np.expm1(log_gamma)), DIM // 2),
+        "norm.scale": np.ones(8),
+    }
+    agree(forward(retention, inputs(70)), forward(load(make, weights), inputs(70)))
+
+
+def test_hgrn2_without_lower_bound_is_gla_with_tied_keys():
+    x, module = inputs(70), layer("hgrn2_first")
+
+    def gla(module, x):
+        by_heads = lambda y: y.reshape(*x.shape[:2], -1, module.head_dim)  # noqa: E731
+        f = by_heads(module.f_proj(x))
+        q, v = by_heads(jax.nn.silu(module.q_proj(x))), by_heads(module.i_proj(x))
+        o, _ = vector_decay(q, jax.nn.sigmoid(-f), v, jax.nn.log_sigmoid(f))
+        return module.out_proj(module.norm(o.reshape(x.shape)))
+
+    agree(jit(gla)(module, x), forward(module, x))
+
+
+def test_hgrn2_near_the_largest_bound_forgets_and_writes_nothing():
+    module = filled(lambda: HGRN2(DIM, head_dim=8, lower_bound=1 - 1e-7, rngs=nnx.Rngs(0)))
+    state = module.init_state(2, 70)._replace(memory=jnp.asarray(random("memory", 2, 2, 8, 8)))
+    _, after = step(module, inputs(70), state)
+    agree(state.memory, after.memory, limit=1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_lower_bound_of_hgrn2(index):
+    """Sums of a softmax over the layers, without its first entry; the index may be traced."""
+    logits = random("logits", 4, DIM)
+
+    def gamma(index, logits):
+        module = HGRN2(DIM, head_dim=8, layer_index=index, layer_count=4, rngs=nnx.Rngs(0))
+        module.bound_logits[...] = logits
+        return module.gamma
+
+    share = np.exp(logits) / np.exp(logits).sum(0)
+    np.testing.assert_allclose(jit(gamma)(index, logits), share[1 : index + 1].sum(0), atol=1e-6)
+
+
+def test_rwkv6_without_low_rank_parts_is_rwkv5():
+    rwkv5 = layer("rwkv5")
+    ours = dict(parameters_of(rwkv5))
+    mus = {f"mu_{c}": 1 - ours[f"mu_{c}"] for c in "rkvg"}
+    idle = {
+        "mu_x": random("mu_x", DIM),
+        "mu_w": random("mu_w", DIM),
+        "mix_down.kernel": random("down", DIM, 15),
+        "mix_up": np.zeros((5, 3, DIM)),
+        "w_down.kernel": random("decay", DIM, 5),
+        "w_up.kernel": np.zeros((5, DIM)),
+    }
+    rwkv6 = load(
+        lambda: RWKV6(DIM, head_dim=4, mix_rank=3, decay_rank=5, norm_eps=0.1, rngs=nnx.Rngs(0)), ours | mus | idle
+    )
+    agree(forward(rwkv5, inputs(70)), forward(rwkv6, inputs(70)))
+
+
+@pytest.mark.parametrize("w", [6.0, 100.0])
+def test_rwkv_with_a_decay_beyond_float32(w):
+    """Such a memory holds nothing; gradients are numbers."""
+
+    def loss(module, x):
+        return jnp.sum(module(x)[0])
+
+    module = filled(lambda: RWKV5(DIM, head_dim=4, rngs=nnx.Rngs(0)))
+    module.w[...] = jnp.full((DIM,), w)
+    for x in jax.tree.leaves(jit(jax.grad(loss))(module, inputs(9))):
+        assert np.isfinite(x).all()
+    _, state = step(module, inputs(9), module.init_state(2, 9))
+    _, last = step(module, inputs(9)[:, -2:], module.init_state(2, 9))
+    agree(last.memory, state.memory)
+
+
+@pytest.mark.parametrize("index", [0, 1, 4])
+def test_where_rwkv_starts(index):
+    """Channel by channel from the authors' formulas; the index may be traced."""
+    dim, count = 12, 5
+
+    @jit
+    def starts(index):
+        own = {"layer_index": index, "layer_count": count, "rngs": nnx.Rngs(0)}
+        layers = {
+            "5": RWKV5(dim, head_dim=4, **own),
+            "6": RWKV6(dim, head_dim=4, **own),
+            "mix5": RWKV5ChannelMix(dim, 42, **own),
+            "mix6": RWKV6ChannelMix(dim, 42, **own),
+        }
+        return {name: parameters_of(layer) for name, layer in layers.items()}
+
+    got = starts(index)
+    height, rest = index / (count - 1), 1 - index / count
+    line, n = np.arange(dim) / (dim - 1), np.arange(dim)
+    share = {"k": (n / dim) ** rest, "r": (n / dim) ** (0.5 * rest), "g": (n / dim) ** (0.5 * rest)}
+    share |= {"v": share["k"] + 0.3 * height, "w": share["k"], "x": share["k"]}
+    close = functools.partial(np.testing.assert_allclose, atol=2e-6)
+    for name in ("5", "6"):
+        close(got[name]["w"], -6 + 5 * line ** (0.7 + 1.3 * height))
+        close(got[name]["u"], height * (1 - line) + np.array([0, 0.1, -0.1] * 4))
+        close(got[name]["norm.scale"], np.full(dim, ((1 + index) / count) ** 0.7))
+        assert not np.any(got[name]["out_proj.kernel"])
+        for projection, gain in (("r", 1), ("k", 0.1), ("v", 1), ("g", 0.1)):
+            kernel = np.asarray(got[name][f"{projection}_proj.kernel"])
+            close(kernel.T @ kernel, gain**2 * np.eye(dim))
+    for c in "kvrg":
+        close(got["5"][f"mu_{c}"], share[c])
+    for c in "xwkvrg":
+        close(got["6"][f"mu_{c}"], 1 - share[c])
+    for name in ("mix_down.kernel", "w_down.kernel"):
+        assert not np.any(got["6"][name])
+    for name, size in (("mix_up", 32), ("w_up.kernel", 64)):
+        assert got["6"][name].shape[-2] == size
+        assert 0.009 < np.abs(got["6"][name]).max() <= 0.01
+    for c in "kr":
+        close(got["mix5"][f"mu_{c}"], share["k"])
+        close(got["mix6"][f"mu_{c}"], 1 - share["k"])
+    for name in ("mix5", "mix6"):
+        assert not np.any(got[name]["v_proj.kernel"])
+        assert not np.any(got[name]["r_proj.kernel"])
+
+
+def test_gla_starts_with_a_long_memory():
+    """Gates near (1/2)^(1/16) where nothing is learned yet."""
+    module = GatedLinearAttention(DIM, rngs=nnx.Rngs(0))
+    assert (module.heads, module.key_dim, module.value_dim, module.decay_proj.down.kernel.shape[1]) == (4, 2, 4, 16)
+    x = np.zeros((1, 1, DIM), np.float32)
+    _, state = step(module, x, module.init_state(1, 1)._replace(memory=jnp.ones((1, 4, 2, 4))))
+    agree(np.full((1, 4, 2, 4), 0.5 ** (1 / 16)), state.memory)
+
+
+WRONG = {
+    "heads: got 0": lambda **o: GatedLinearAttention(DIM, heads=0, **o),
+    "kv_heads: got 3": lambda **o: GatedLinearAttention(DIM, kv_heads=3, **o),
+    "expand_k: got 0.3": lambda **o: GatedLinearAttention(DIM, expand_k=0.3, **o),
+    "expand_v: got -1": lambda **o: GatedLinearAttention(DIM, expand_v=-1, **o),
+    "gate_temperature: got 0": lambda **o: GatedLinearAttention(DIM, gate_temperature=0, **o),
+    "gate_floor: got 0.5": lambda **o: GatedLinearAttention(DIM, gate_floor=0.5, **o),
+    "head_dim: got 5": lambda **o: HGRN2(DIM, head_dim=5, **o),
+    "lower_bound: got 1": lambda **o: HGRN2(DIM, head_dim=8, lower_bound=1, **o),
+    "head_dim: got 3": lambda **o: RWKV5(DIM, head_dim=3, **o),
+    "head_dim: got 0": lambda **o: RWKV6(DIM, head_dim=0, **o),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_bad_options(message):
+    with pytest.raises(checks.ArgumentError, match=rf"^{message}.*; needs .+") as error:
+        nnx.eval_shape(lambda: WRONG[message](rngs=nnx.Rngs(0)))
+    assert "\n" not in str(error.value)
