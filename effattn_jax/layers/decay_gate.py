@@ -31,7 +31,7 @@ class DecayGate(nnx.Module):
     ):
         if lower_bound is not None and lower_bound >= 0:
             checks.fail("lower_bound", lower_bound, "None or a number below 0")
-        self.lower_bound, self.channels = lower_bound, channels
+        self.heads, self.channels, self.lower_bound = heads, channels, lower_bound
         rates = log_of_uniform(rngs.params(), (heads,), slowest, fastest)
         self.A_log = nnx.Param(rates if lower_bound is None else jnp.zeros_like(rates), axes=("heads",))
         self.dt_bias = nnx.Param(dt_bias(rngs.params(), (heads * (channels or 1),)), axes=("heads",))
@@ -39,7 +39,7 @@ class DecayGate(nnx.Module):
     def __call__(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H"] | Float[Array, "B T H K"]:
         x, rate = x.astype(jnp.float32) + self.dt_bias[...], jnp.exp(self.A_log[...])
         if self.channels is not None:
-            x, rate = x.reshape(*x.shape[:-1], -1, self.channels), rate[:, None]
+            x, rate = x.reshape(*x.shape[:-1], self.heads, self.channels), rate[:, None]
         if self.lower_bound is None:
             return -rate * jax.nn.softplus(x)
         return self.lower_bound * jax.nn.sigmoid(rate * x)

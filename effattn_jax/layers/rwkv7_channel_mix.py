@@ -37,7 +37,7 @@ class RWKV7ChannelMix(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.dtype = dtype
+        self.dim, self.dtype = dim, dtype
         self.mu_k = nnx.Param(jnp.zeros((dim,), jnp.float32), axes=("embed",))
         self.k_proj = Projection(dim, hidden_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.v_proj = Projection(hidden_dim, dim, ("mlp", "embed"), dtype=dtype, rngs=rngs)
@@ -45,7 +45,7 @@ class RWKV7ChannelMix(nnx.Module):
 
     def init_state(self, batch_size: int, max_length: int) -> ChannelMixState:
         """`max_length` is of no consequence here: the state has one size."""
-        return ChannelMixState(init_shift(batch_size, self.mu_k.shape[0], self.dtype), no_document(batch_size))
+        return ChannelMixState(init_shift(batch_size, self.dim, self.dtype), no_document(batch_size))
 
     def mixing_flops(self, length: int) -> float:
         """None beside the projections."""

@@ -71,7 +71,7 @@ def start_time_mix(layer: "RWKV7", layer_index: int | Array, layer_count: int, r
 
 
 def start_channel_mix(layer: "RWKV7ChannelMix", layer_index: int | Array, layer_count: int, rngs: nnx.Rngs) -> None:
-    layer.mu_k[...] = mixing(layer.mu_k.shape[0], rest_of_stack(layer_index, layer_count) ** 4)
+    layer.mu_k[...] = mixing(layer.dim, rest_of_stack(layer_index, layer_count) ** 4)
     _start_matrix(layer.k_proj, 1, rngs)
     _start_matrix(layer.v_proj, 0, rngs)
 

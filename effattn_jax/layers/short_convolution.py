@@ -13,7 +13,8 @@ from effattn_jax.typing import Array, Float, Hidden, SegmentIds
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = f(b + sum_i w_i * x_{t - W + 1 + i}), i = 0 .. W - 1, a filter per channel, zeros before the start.
+    """y_t = f(b + sum_i w_i * x_{t - W + 1 + i}), i = 0 .. W - 1, a filter per channel, zeros before the start;
+    in float32.
 
     The state holds the last W - 1 inputs [B, W - 1, D]. In packed rows a token sees only its own document; padding may
     stand at either end of a row and leaves the state as it was.
@@ -48,7 +49,7 @@ class ShortConvolution(nnx.Module):
         return over_history(self._filter, x.astype(self.dtype), state, segment_ids, width=self.width)
 
     def _filter(self, seen: Sequence[Array]) -> Array:
-        y = jnp.zeros_like(seen[0]) if self.bias is None else self.bias[...].astype(self.dtype)
-        for tap, x in zip(self.taps[...].astype(self.dtype), seen, strict=True):
-            y = y + tap * x
-        return self.activation(y)
+        y = jnp.zeros((), jnp.float32) if self.bias is None else self.bias[...]
+        for tap, x in zip(self.taps[...], seen, strict=True):
+            y = y + tap * x.astype(jnp.float32)
+        return self.activation(y).astype(self.dtype)

@@ -8,7 +8,7 @@ from effattn_jax.layers import (
 )
 from tests.layers.records.record import Record
 
-DELTA = {"heads": 2, "head_dim": 4}
+DELTA = {"heads": 2, "head_dim": 8, "expand_v": 1.0}
 
 RECORDS = {
     "delta_net": Record(DeltaNet, DELTA | {"allow_negative_eigenvalues": True, "expand_v": 1.5}),
@@ -27,7 +27,7 @@ RECORDS = {
         DELTA | {"value_heads": 4, "householders": 3, "forget_gate": False, "output_gate": False},
         slow=True,
     ),
-    "comba": Record(Comba, DELTA),
+    "comba": Record(Comba, DELTA | {"expand_v": 0.5}),
     "comba_groups": Record(Comba, DELTA | {"value_heads": 4, "normalize_feedback": True}, slow=True),
     "gated_delta_net2": Record(GatedDeltaNet2, DELTA | {"value_heads": 4, "expand_v": 0.5}),
 }
