@@ -34,6 +34,7 @@ from effattn_jax.layers.log_linear import LogLinear, LogLinearLayerState
 from effattn_jax.layers.low_rank import LowRank
 from effattn_jax.layers.mamba import Mamba, MambaState
 from effattn_jax.layers.mamba2 import Mamba2, Mamba2State
+from effattn_jax.layers.mamba3 import Mamba3, Mamba3State
 from effattn_jax.layers.mesa_net import MesaNet, MesaNetState
 from effattn_jax.layers.neural_memory import MemoryState
 from effattn_jax.layers.path_attention import PathAttention, PathState
@@ -79,6 +80,7 @@ MIXERS = {
     "log_linear": LogLinear,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "mesa_net": MesaNet,
     "path": PathAttention,
     "performer": Performer,
@@ -147,6 +149,8 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba2State",
+    "Mamba3",
+    "Mamba3State",
     "MambaState",
     "MemoryState",
     "MesaNet",

@@ -1,4 +1,4 @@
-"""The recurrent block of Griffin: a gated branch beside a convolution and an RG-LRU (De et al. 2024, arXiv:2402.19427)."""
+"""The recurrent block of Griffin: a gate beside a convolution and an RG-LRU (De et al. 2024, arXiv:2402.19427)."""
 
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ class RGLRU(nnx.Module):
         return RGLRUState(memory, self.conv.init_state(batch_size), no_document(batch_size))
 
     def mixing_flops(self, length: int) -> float:
-        """Floating-point operations a token needs beside the projections: the gates, decay and write of the channels."""
+        """Floating-point operations a token needs beside the projections: the gates, decay and write."""
         return self.width * (4 * self.input_gate.kernel.shape[-1] + 4)
 
     def __call__(

@@ -6,6 +6,7 @@ from effattn_jax.linear.dplr import dplr
 from effattn_jax.linear.favor import FavorState, draw_omega, favor_attention
 from effattn_jax.linear.linear_attention import linear_attention
 from effattn_jax.linear.log_linear import LogLinearState, log_linear_attention
+from effattn_jax.linear.mamba3 import Mamba3Memory, mamba3
 from effattn_jax.linear.mesa import MesaState, mesa
 from effattn_jax.linear.rg_lru import rg_lru
 from effattn_jax.linear.scalar_decay import scalar_decay
@@ -19,6 +20,7 @@ from effattn_jax.linear.vector_decay import vector_decay
 __all__ = [
     "FavorState",
     "LogLinearState",
+    "Mamba3Memory",
     "MesaState",
     "TTTState",
     "TitansState",
@@ -29,6 +31,7 @@ __all__ = [
     "favor_attention",
     "linear_attention",
     "log_linear_attention",
+    "mamba3",
     "mesa",
     "rg_lru",
     "scalar_decay",
