@@ -19,7 +19,8 @@ RECORDS = {
     "linear_attention_rebased": _linear(feature_map="rebased"),
     "linear_attention_product": _linear(feature_map="elementwise_product", normalise=False, output_norm=True),
     "performer": Record(Performer, HEADS | {"features": 6}),
-    "performer_relu": Record(Performer, HEADS | {"kernel": "relu", "features": 9, "scaling": "sqrt"}, slow=True),
+    # of the sizes with no kink of relu between the ends of the differences
+    "performer_relu": Record(Performer, HEADS | {"kernel": "relu", "features": 24, "scaling": "sqrt"}, slow=True),
     "fast_weight": Record(FastWeight, HEADS | {"nu": 2}),
     "fast_weight_favor": Record(FastWeight, HEADS | {"feature_map": "favor", "features": 6}, slow=True),
     "fast_weight_sum": Record(FastWeight, HEADS | {"feature_map": "elu", "update": "sum"}, slow=True),
