@@ -33,15 +33,15 @@ class RWKV6ChannelMix(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
-        project = lambda *sizes, axes, start: Projection(  # noqa: E731
-            *sizes, axes, initializer=start, dtype=dtype, rngs=rngs
+        project = lambda in_dim, out_dim, axes, start: Projection(  # noqa: E731
+            in_dim, out_dim, axes, initializer=start, dtype=dtype, rngs=rngs
         )
         # its own inverse: mu for a share of the token before
         share = self.share_of_before(1 - rwkv_start.own_share(dim, 1, layer_index, layer_count))
         self.mu_k, self.mu_r = nnx.Param(share, axes=("embed",)), nnx.Param(share, axes=("embed",))
-        self.k_proj = project(dim, hidden_dim, axes=("embed", "mlp"), start=rwkv_start.ORTHOGONAL)
-        self.v_proj = project(hidden_dim, dim, axes=("mlp", "embed"), start=rwkv_start.SILENT)
-        self.r_proj = project(dim, dim, axes=("embed", "mlp"), start=rwkv_start.SILENT)
+        self.k_proj = project(dim, hidden_dim, ("embed", "mlp"), rwkv_start.ORTHOGONAL)
+        self.v_proj = project(hidden_dim, dim, ("mlp", "embed"), rwkv_start.SILENT)
+        self.r_proj = project(dim, dim, ("embed", "mlp"), rwkv_start.SILENT)
 
     @staticmethod
     def share_of_before(mu: Float[Array, " D"]) -> Float[Array, " D"]:

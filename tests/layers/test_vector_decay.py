@@ -21,6 +21,7 @@ from effattn_jax.layers import (
 )
 from effattn_jax.layers.retention import retention_decay
 from effattn_jax.linear import vector_decay
+from effattn_jax.models import Block
 from effattn_jax.models.blueprint import parameters_of
 from tests.layers.catalogue import DIM, agree, filled, forward, inputs, jit, layer, random, step
 from tests.layers.golden import assert_fla_model, golden, load, under
@@ -290,6 +291,18 @@ def test_rwkv6_without_low_rank_parts_is_rwkv5():
         lambda: RWKV6(DIM, head_dim=4, mix_rank=3, decay_rank=5, norm_eps=0.1, rngs=nnx.Rngs(0)), ours | mus | idle
     )
     agree(forward(rwkv5, inputs(70)), forward(rwkv6, inputs(70)))
+
+
+@pytest.mark.parametrize("version", [5, 6])
+def test_rwkv_block_in_two_calls_is_one_pass(version):
+    """Time mix and channel mix in a `Block`, each with a state of its own."""
+    mixer, mlp = f"rwkv{version}", f"rwkv{version}_channel_mix"
+    block = filled(
+        lambda: Block(DIM, mixer, {"head_dim": 4}, mlp=mlp, mlp_dim=24, layer_index=1, layer_count=2, rngs=nnx.Rngs(0))
+    )
+    first, state = step(block, inputs(9)[:, :4], block.init_state(2, 9))
+    second, _ = step(block, inputs(9)[:, 4:], state)
+    agree(forward(block, inputs(9)), jnp.concatenate([first, second], axis=1))
 
 
 @pytest.mark.parametrize("w", [6.0, 100.0])
