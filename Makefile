@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14; do \
 EXTRAS ?= dev
 RUN := .venv/bin/python
 CONFIG ?= configs/quickstart.py
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .PHONY: help setup quickstart test test-slow lint format bench clean
 

@@ -1,21 +1,70 @@
-"""Which of the combinations of engines and forms are run, and when."""
+"""Which combinations of engines, forms and checks are run, and when.
+
+A program takes seconds to compile and milliseconds to run. The quick tests of an engine are those that share two programs
+a form, with and without documents; one engine, scalar decay, goes quickly through everything there is.
+"""
 
 import pytest
 
-ALWAYS = ("test_forms_agree_over_strengths", "test_forms_agree_on_packed_documents")
+SHARED = {
+    "test_forms_agree_over_strengths",
+    "test_forms_agree_on_packed_documents",
+    "test_packed_documents_equal_separate_rows",
+    "test_right_padding_changes_nothing",
+    "test_no_gradient_reaches_later_tokens",
+    "test_rows_and_heads_do_not_mix",
+    "test_extreme_gates_stay_finite_in_packed_rows",
+    "test_default_form",
+    "test_bad_arguments",
+    "test_affine_maps_compose_to_one_pass",
+}
+ONE_FORM = {  # a program of their own: quickly for one form
+    "test_bfloat16": "chunkwise",
+    "test_splitting_equals_one_pass": "chunkwise",
+    "test_float64_equals_numpy": "recurrent",  # the reference of the others
+}
+TRANSFORMED = {  # by JAX: a form that shares its code with another one behaves like it
+    "test_jit_changes_nothing",
+    "test_vmap_and_checkpoint",
+    "test_second_derivative_equals_difference_of_gradients",
+    "test_shard_map",
+    "test_no_initial_state_is_zeros",
+    "test_splitting_equals_one_pass",
+    "test_bfloat16",
+}
+WHOLE = "scalar_decay"
+
+
+def is_run(engine, form, test):
+    """An engine has its own forms; other layouts of one, and forms that share code, skip what cannot differ."""
+    if isinstance(form, str) and form not in engine.forms:
+        return False
+    if engine.name == WHOLE:
+        return True
+    if engine.variant:
+        return test in SHARED or (test == "test_forms_agree_with_recurrent" and form == "chunkwise")
+    return not (test in TRANSFORMED and form in ("parallel", "associative"))
+
+
+def is_quick(engine, form, test, parameters):
+    if engine.variant or (form in engine.slow_forms and test not in SHARED):
+        return False
+    if engine.name == WHOLE or test in SHARED:
+        return True
+    return ONE_FORM.get(test) == form or (test == "test_chunk_sizes" and parameters["chunk"] == 16)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """An engine has its own forms. The associative form shares all but its scan with the chunkwise one: most checks of
-    it are slow."""
     kept = []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         engine, form = parameters.get("engine"), parameters.get("form")
-        if engine is not None and isinstance(form, str) and form not in engine.forms:
-            continue
-        if engine is not None and form == "associative" and item.originalname not in ALWAYS:
-            item.add_marker(pytest.mark.slow)
+        if item.path.name == "test_contract.py" and engine is not None:
+            if not is_run(engine, form, item.originalname):
+                continue
+            if not is_quick(engine, form, item.originalname, parameters):
+                item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group(engine.name))  # one process compiles its programs
         kept.append(item)
     items[:] = kept
