@@ -5,6 +5,7 @@ With G_i = g_1 + ... + g_i along a chunk, every exponent <= 0, and zero wherever
     scores  sum_d x_id y_jd e^{G_id - G_jd}      into  e^{G_i}      out  e^{G_C - G_i}      keep  e^{G_C}
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -18,8 +19,14 @@ from effattn_jax.typing import Array, Float, SegmentIds
 
 
 class Scores(Protocol):
-    def __call__(self, x: Array, y: Array, *, strict: bool = False, before: bool = False) -> Float[Array, "B N H C C"]:
-        """Of pairs j <= i. `strict`: of j < i. `before`: of j < i, where i reads before its own decay."""
+    def __call__(
+        self, keys: Sequence[Array], after: Sequence[Array], before: Sequence[Array] = ()
+    ) -> list[list[Float[Array, "B N H C C"]]]:
+        """Of each x that reads (rows) with each y of `keys`, for j <= i: [[x_1 y_1, x_1 y_2, ...], ...].
+
+        Those of `after` read after the decay of their token. Those of `before`, which follow, read before it: e^{E_i}
+        with E_i = G_i - g_i in place of e^{G_i}, for j < i.
+        """
 
 
 class ChunkDecay(NamedTuple):
@@ -48,8 +55,9 @@ def chunk_decay(log_decay: Float[Array, "B T H 1|K"] | None, segment_ids: Segmen
     masks = chunk_masks(to_chunks(segment_ids, chunk, fill=-1))
     enters, leaves = masks.into[:, :, None, :, None], masks.out[:, :, None, :, None]
 
-    def inside(x: Array, y: Array, *, strict: bool = False, before: bool = False) -> Array:
-        return jnp.where(masks.inside[:, :, None], scores(x, y, strict=strict, before=before), 0)
+    def inside(keys: Sequence[Array], after: Sequence[Array], before: Sequence[Array] = ()) -> list[list[Array]]:
+        mask = masks.inside[:, :, None]
+        return [[jnp.where(mask, xy, 0) for xy in row] for row in scores(keys, after, before)]
 
     return ChunkDecay(inside, into * enters, before * enters, out * leaves, keep * masks.keep[:, :, None, None, None])
 
@@ -58,27 +66,42 @@ def _scalar(gates: Float[Array, "B N H C 1"]) -> tuple[Scores, Array, Array]:
     """(X Y^T) * D with D_ij = e^{G_i - G_j}."""
     sums = decay_sum(gates[..., 0])
     decay = pairwise_decay(sums, _lower(gates))
-    decay_before = jnp.pad(decay[..., :-1, :], [(0, 0)] * (decay.ndim - 2) + [(1, 0), (0, 0)])  # D_ij / e^{g_i}
 
-    def scores(x: Array, y: Array, *, strict: bool = False, before: bool = False) -> Array:
-        products = contract("...ik,...jk->...ij", x, y) * (decay_before if before else decay)
-        return jnp.tril(products, -1) if strict else products
+    def scores(keys: Sequence[Array], after: Sequence[Array], before: Sequence[Array] = ()) -> list[list[Array]]:
+        decays = [decay] * len(after) + [_down(decay)] * len(before)
+        return [
+            [contract("...ik,...jk->...ij", x, y) * d for y in keys]
+            for x, d in zip((*after, *before), decays, strict=True)
+        ]
 
     return scores, jnp.exp(sums.total)[..., None], jnp.exp(sums.to_end)[..., None]
 
 
 def _vector(gates: Float[Array, "B N H C K"]) -> tuple[Scores, Array, Array]:
+    """All pairs at once: they share the exponentials."""
     sums = vector_decay_sums(gates)
 
-    def scores(x: Array, y: Array, *, strict: bool = False, before: bool = False) -> Array:
-        return pair_scores(x, y, sums, _lower(gates, -1 if strict else 0), before=before)
+    def scores(keys: Sequence[Array], after: Sequence[Array], before: Sequence[Array] = ()) -> list[list[Array]]:
+        reads = jnp.stack([*after, *map(_up, before)])
+        pairs = pair_scores(reads[:, None], jnp.stack(keys)[None], sums, _lower(gates))
+        return [list(row) for row in pairs[: len(after)]] + [list(_down(row)) for row in pairs[len(after) :]]
 
     return scores, sums.from_start, sums.to_end
 
 
-def _lower(gates: Array, diagonal: int = 0) -> Array:
+def _lower(gates: Array) -> Array:
     size = gates.shape[-2]
-    return jnp.tril(jnp.ones((size, size), bool), diagonal)
+    return jnp.tril(jnp.ones((size, size), bool))
+
+
+def _up(x: Float[Array, "... C K"]) -> Array:
+    """What reads before the decay of token i reads after that of i - 1."""
+    return jnp.concatenate([x[..., 1:, :], jnp.zeros_like(x[..., :1, :])], -2)
+
+
+def _down(scores: Float[Array, "... C C"]) -> Array:
+    """Back again: rows move down by one, and the first one reads nothing."""
+    return jnp.concatenate([jnp.zeros_like(scores[..., :1, :]), scores[..., :-1, :]], -2)
 
 
 def split_heads(x: Float[Array, "B T H *D"], chunk: int) -> Float[Array, "B N H C *D"]:

@@ -199,19 +199,24 @@ def chunkwise(
     length, dtype = q.shape[1], v.dtype
     decay = chunk_decay(log_decay, segment_ids, chunk)
     q, k, v, beta = (split_heads(x, chunk) for x in (q, k, v, beta))  # [B, N, H, C, ...]
-    maps = chunk_maps(k, v, beta, decay)
+    [kk], [qk] = decay.scores([k], after=[k, q])
+    maps = chunk_maps(k, v, beta, kk, decay)
     entering, writes, state = states_between(maps, initial_state, associative=associative)
     read = contract("...ck,...kv->...cv", (q * decay.into).astype(dtype), entering.astype(dtype))
-    read = read + contract("...ij,...jv->...iv", decay.scores(q, k).astype(dtype), writes.astype(dtype))
+    read = read + contract("...ij,...jv->...iv", qk.astype(dtype), writes.astype(dtype))
     return from_chunks(jnp.moveaxis(read, 2, 3), length), state
 
 
 def chunk_maps(
-    k: Float[Array, "B N H C K"], v: Float[Array, "B N H C V"], beta: Float[Array, "B N H C"], decay: ChunkDecay
+    k: Float[Array, "B N H C K"],
+    v: Float[Array, "B N H C V"],
+    beta: Float[Array, "B N H C"],
+    kk: Float[Array, "B N H C C"],
+    decay: ChunkDecay,
 ) -> LowRankMap:
     """What each chunk does to the state that enters it; X is its inner value."""
     into, out = ((k * x).astype(v.dtype) for x in (decay.into, decay.out))
-    solve = unit_lower_inverse(beta[..., None] * decay.scores(k, k, strict=True)) * beta[..., None, :]
+    solve = unit_lower_inverse(beta[..., None] * kk) * beta[..., None, :]
     values = contract("...ij,...jv->...iv", solve.astype(v.dtype), v)
     erase = contract("...ij,...jk->...ik", solve.astype(v.dtype), into)
     return LowRankMap(decay.keep, out, -erase.astype(v.dtype), values)

@@ -211,13 +211,14 @@ def chunkwise(
     q, k, v, a, b = (split_heads(x, chunk) for x in (q, k, v, a, b))  # [B, N, H, C, ...]
     q_into, a_into = (q * decay.into).astype(dtype), (a * decay.into_before).astype(dtype)
     k_out, b_out = (k * decay.out).astype(dtype), (b * decay.out).astype(dtype)
-    solve = unit_lower_inverse(-decay.scores(a, b, before=True)).astype(dtype)
+    (qk, qb), (ak, ab) = decay.scores([k, b], after=[q], before=[a])
+    solve = unit_lower_inverse(-ab).astype(dtype)
     read_before = contract("...ij,...jk->...ik", solve, a_into).astype(dtype)
-    reads = contract("...ij,...jv->...iv", decay.scores(a, k, before=True).astype(dtype), v)
+    reads = contract("...ij,...jv->...iv", ak.astype(dtype), v)
     reads = contract("...ij,...jv->...iv", solve, reads.astype(dtype))
     maps = LowRankMap(decay.keep, b_out, read_before, reads, contract("...ck,...cv->...kv", k_out, v))
     entering, reads, state = states_between(maps, initial_state, associative=associative)
     out = contract("...ck,...kv->...cv", q_into, entering.astype(dtype))
-    out = out + contract("...ij,...jv->...iv", decay.scores(q, k).astype(dtype), v)
-    out = out + contract("...ij,...jv->...iv", decay.scores(q, b).astype(dtype), reads.astype(dtype))
+    out = out + contract("...ij,...jv->...iv", qk.astype(dtype), v)
+    out = out + contract("...ij,...jv->...iv", qb.astype(dtype), reads.astype(dtype))
     return from_chunks(jnp.moveaxis(out, 2, 3), length), state

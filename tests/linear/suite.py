@@ -56,6 +56,7 @@ class Engine:
     fresh: Callable | None = None  # inputs -> the state of one row that begins; None: zeros
     map: Callable | None = None  # (inputs, segment_ids) -> the affine map of all tokens, in float32
     forms: tuple[str, ...] = ("recurrent", "parallel", "chunkwise", "associative")
+    slow_forms: tuple[str, ...] = ("associative",)  # share almost all with another form: most checks of them are slow
     bad: Mapping[str, tuple] = MappingProxyType({})  # more bad arguments: case -> (argument, what is done to it)
     output_is_state: bool = False  # the memory after every token is what it returns
     variant: bool = False  # another layout of an engine that is listed too: its checks are marked slow

@@ -40,7 +40,9 @@ def test_what_a_chunk_writes_is_the_corrected_error(gate):
     """X_i = beta_i (v_i - k_i^T diag(e^{g_i}) S_{i-1}), with the states of the recurrent form."""
     _, k, v, beta, g, start = draw(gate, length=20)
     decay = chunk_decay(None if g is None else per_row(g, k), None, 32)
-    got = chunk_maps(*(split_heads(x, 32) for x in (k, v, beta)), decay).inner(start[:, None])
+    keys, values, strength = (split_heads(x, 32) for x in (k, v, beta))
+    [[scores]] = decay.scores([keys], after=[keys])
+    got = chunk_maps(keys, values, strength, scores, decay).inner(start[:, None])
     state, keep = start, np.exp(per_row(g, k))
     for i in range(20):
         decayed = keep[:, i, :, :, None] * state

@@ -62,6 +62,7 @@ def _record(gate, **fields):
         groups=((2, 2, 4), (1, 4, 2)),
         read=("q", "beta"),
         map=_map,
+        slow_forms=("parallel", "associative"),  # the parallel form is one chunk
         bad={case: x for case, x in bad.items() if gate != "none" or x[0] != "log_decay"},
         **fields,
     )

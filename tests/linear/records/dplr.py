@@ -64,6 +64,7 @@ def _record(name, *, free, per_channel, **fields):
         gates=("log_decay",),
         groups=((2, 2, 4), (1, 4, 2)),
         map=_map,
+        slow_forms=("parallel", "associative"),  # the parallel form is one chunk
         bad=BAD,
         **fields,
     )
