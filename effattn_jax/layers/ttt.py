@@ -33,11 +33,11 @@ class TTTLayer(nnx.Module):
     """q, k, v = projections of the input, in heads of K channels, q and k turned by their places in the mini-batch:
 
         lr = base_lr * sigmoid(W_lr x + c) / K,   token_scale_i = max(1 / i + offset_i, 0),  i = 1 .. mini-batch
-        o = train(q, k, v, lr, token_scale)
+        o = learn(q, k, v, lr, token_scale)
         output = W_o LayerNorm(o)                       with the transformer backbone
         output = W_o (gelu(W_gate x) * LayerNorm(o))    with the Mamba backbone
 
-    where the LayerNorm is over all heads. A mechanism adds the network that each document starts from and `train`.
+    where the LayerNorm is over all heads. A mechanism adds the network that each document starts from and `learn`.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class TTTLayer(nnx.Module):
         """What every document starts from."""
         raise NotImplementedError
 
-    def train(self, *tokens: Array, **call: Any) -> tuple[Array, TTTState]:
-        """(q, k, v, lr, token_scale) -> (o, memory)."""
+    def learn(self, q: Array, k: Array, v: Array, lr: Array, token_scale: Array, **call: Any) -> tuple[Array, TTTState]:
+        """(o, memory)."""
         raise NotImplementedError
 
     def init_state(self, batch_size: int, max_length: int) -> TTTLayerState:
@@ -119,7 +119,7 @@ class TTTLayer(nnx.Module):
         place, _ = document_positions(x.shape[:2], None if state is None else state.memory.place, segment_ids)
         q, k = (rope(y.reshape(heads), place % self.mini_batch, theta=self.rope_theta) for y in (q, k))
 
-        o, memory = self.train(
+        o, memory = self.learn(
             q,
             k,
             self.v_proj(x).reshape(heads),

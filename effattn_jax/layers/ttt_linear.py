@@ -67,5 +67,6 @@ class TTTLinear(TTTLayer):
     def network(self) -> Network:
         return (Affine(self.W[...], self.b[...]),)
 
-    def train(self, *tokens: Array, **call: Any) -> tuple[Array, TTTState]:
-        return ttt_linear(*tokens, self.W[...], self.b[...], self.ln_scale[...], self.ln_bias[...], **call)
+    def learn(self, q: Array, k: Array, v: Array, lr: Array, token_scale: Array, **call: Any) -> tuple[Array, TTTState]:
+        norm = (self.ln_scale[...], self.ln_bias[...])
+        return ttt_linear(q, k, v, lr, token_scale, self.W[...], self.b[...], *norm, **call)

@@ -63,6 +63,7 @@ class TTTMLP(TTTLayer):
     def network(self) -> Network:
         return (Affine(self.W1[...], self.b1[...]), Affine(self.W2[...], self.b2[...]))
 
-    def train(self, *tokens: Array, **call: Any) -> tuple[Array, TTTState]:
+    def learn(self, q: Array, k: Array, v: Array, lr: Array, token_scale: Array, **call: Any) -> tuple[Array, TTTState]:
         weights = (self.W1[...], self.b1[...], self.W2[...], self.b2[...])
-        return ttt_mlp(*tokens, *weights, self.ln_scale[...], self.ln_bias[...], **call)
+        norm = (self.ln_scale[...], self.ln_bias[...])
+        return ttt_mlp(q, k, v, lr, token_scale, *weights, *norm, **call)

@@ -68,7 +68,7 @@ def gelu_slope(x: Array) -> Array:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * a * x * x)
 
 
-def activations(layers: Sequence[Callable[[Array], Array]], x: Array) -> tuple[list[Array], list[Array]]:
+def activations(layers: Sequence[Affine | Callable[[Array], Array]], x: Array) -> tuple[list[Array], list[Array]]:
     """What each layer reads and what it returns, with gelu between layers."""
     reads, returns = [x], []
     for layer in layers:

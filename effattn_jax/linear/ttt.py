@@ -42,7 +42,9 @@ def ttt(
     accumulate = accumulation_dtype(tokens.q.dtype)
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, accumulate), tree)  # noqa: E731
     if initial_state is not None:
-        initial_state = TTTState(*cast(initial_state[:2]), jnp.asarray(initial_state.place))
+        initial_state = TTTState(
+            cast(initial_state.weights), cast(initial_state.gathered), jnp.asarray(initial_state.place)
+        )
     tokens = Tokens(*(real_tokens(x, segment_ids) for x in tokens))
     out, state = dispatch(
         mechanism,

@@ -176,8 +176,9 @@ def chunkwise(
         return select(own.closes, closed, (weights, gathered)), out
 
     masks = MiniBatches(*(jnp.moveaxis(x, 1, 0) for x in masks))
-    carry, out = scan_checkpointed(step, state[:2], (_windows(tokens, slice(None), window), masks))
-    return _rows(out, length), TTTState(*carry, place)
+    xs = (_windows(tokens, slice(None), window), masks)
+    (weights, gathered), out = scan_checkpointed(step, (state.weights, state.gathered), xs)
+    return _rows(out, length), TTTState(weights, gathered, place)
 
 
 def _total(gradients: tuple[Gradient, ...], lr: Float[Array, "B H C"], tokens: Bool[Array, "B C"]) -> Network:

@@ -157,7 +157,7 @@ def _chunkwise(layers):
     return run
 
 
-def _record(name, function, widths):
+def _record(name, function, widths, **fields):
     layers = len(widths(1)) - 1
     weights = tuple(name for pair in names(layers) for name in pair)
     return Engine(
@@ -189,10 +189,11 @@ def _record(name, function, widths):
             "state of other rows": ("initial_state", lambda x: x._replace(place=x.place[:1])),
             "state with a float place": ("initial_state", lambda x: x._replace(place=x.place.astype(np.float32))),
         },
+        **fields,
     )
 
 
 RECORDS = [
     _record("ttt_linear", ttt_linear, lambda dim: (dim, dim)),
-    _record("ttt_mlp", ttt_mlp, lambda dim: (dim, 2 * dim, dim)),
+    _record("ttt_mlp", ttt_mlp, lambda dim: (dim, 2 * dim, dim), variant=True),
 ]
