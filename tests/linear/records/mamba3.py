@@ -76,8 +76,9 @@ RECORDS = [
         _chunkwise,
         _draw,
         _row,
-        gates=("log_decay", "dt", "mix", "angle"),
+        gates=("log_decay", "dt", "mix", "angle", "initial_state"),  # the state holds a sum of angles
         state=_shapes,
+        forms=("recurrent", "chunkwise"),  # the others differ by the form of scalar_decay alone
         bad={
             "fewer keys": ("k", lambda x: x[:, :, :2]),
             "gates per head": ("log_decay", lambda x: x[0, 0]),
