@@ -114,8 +114,13 @@ class LanguageModel(nnx.Module):
 
     def init_state(self, batch_size: int, max_length: int) -> Any:
         """The state of every block, stacked over repetitions like the parameters."""
-        states = tuple(block.init_state(batch_size, max_length) for block in self.units.blocks)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.repeats, *x.shape)), states)
+        graph, parameters = nnx.split(self.units)
+
+        def start(parameters: Any) -> Any:  # of one repetition: a layer may look at its own parameters
+            blocks = nnx.merge(graph, parameters).blocks
+            return tuple(block.init_state(batch_size, max_length) for block in blocks)
+
+        return jax.vmap(start)(parameters)
 
     def hidden(
         self,

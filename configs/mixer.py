@@ -1,0 +1,60 @@
+"""Any mixer, alone, at the size of the quickstart: how do two mechanisms compare on the same text?
+
+    python -m experiments.train --config=configs/mixer.py:gated_delta_net --workdir=runs/gated_delta_net
+    python -m experiments.train --config=configs/mixer.py:rwkv7 --workdir=runs/rwkv7
+
+Four blocks of the named mixer on bytes of the Python library's source. Where a mixer has heads there are about four.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.quickstart import get_config as quickstart
+
+DIM, HEADS = 160, 4
+HEAD_DIM = DIM // HEADS
+DELTA = {"heads": HEADS, "head_dim": HEAD_DIM}
+MAMBA = {"head_dim": HEAD_DIM, "state_dim": 32}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "attention": {"heads": HEADS},
+    "comba": DELTA | {"expand_v": 1.0},
+    "delta_net": DELTA,
+    "fast_weight": {"heads": HEADS},
+    "fox": {"heads": HEADS},
+    "gated_delta_net": DELTA | {"expand_v": 1.0},
+    "gated_delta_net2": DELTA,
+    "gated_delta_product": DELTA | {"expand_v": 1.0},
+    "hgrn2": {"head_dim": HEAD_DIM},
+    "kda": DELTA,
+    "lightning": {"heads": HEADS},
+    "linear_attention": {"heads": HEADS},
+    "log_linear": MAMBA,
+    "mamba2": MAMBA,
+    "mamba3": MAMBA,
+    "mesa_net": DELTA,
+    "path": {"heads": HEADS},
+    "performer": {"heads": HEADS},
+    "retention": {"heads": HEADS},
+    "rg_lru": {"heads": HEADS},
+    "rwkv5": {"head_dim": HEAD_DIM},
+    "rwkv6": {"head_dim": HEAD_DIM},
+    "rwkv7": {"head_dim": HEAD_DIM},
+    "titans": {"expand": 1},
+    "titans_mac": {"expand": 1},
+    "titans_mag": {"expand": 1},
+    "titans_mal": {"expand": 1},
+    "ttt_linear": {"head_dim": HEAD_DIM},
+    "ttt_mlp": {"head_dim": HEAD_DIM, "expand": 1},
+}
+"""Of mixers whose defaults are made for larger models."""
+
+
+def get_config(name: str = "mamba2") -> ConfigDict:
+    config = quickstart()
+    config.model.pattern = (name,)
+    config.model.repeats = 4
+    config.model.mixers = {name: OPTIONS.get(name, {})}
+    if name in ("rwkv5", "rwkv6", "rwkv7"):
+        config.model.mlp = f"{name}_channel_mix"
+    return config
