@@ -183,7 +183,7 @@ def _record(name, function, widths, **fields):
             "ln_scale for all heads": ("ln_scale", lambda x: x[0]),
             "ln_bias of other width": ("ln_bias", lambda x: x[:, :-1]),
             **{f"{name} without heads": (name, lambda x: x[0]) for name in weights},
-            **{f"{name} of other width": (name, lambda x: x[..., :-1]) for name in weights},
+            **{f"{name} of other width": (name, lambda x: x[..., :-1]) for name in weights[layers - 1 :]},
             "state of another network": ("initial_state", lambda x: x._replace(weights=x.weights * 2)),
             "state without gradients": ("initial_state", lambda x: x._replace(gathered=())),
             "state of other rows": ("initial_state", lambda x: x._replace(place=x.place[:1])),
