@@ -8,19 +8,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effattn_jax.precision import zeros_varying
 from effattn_jax.typing import Array, Bool, Float
 
 
 class GateProducts(NamedTuple):
-    """Products over the tokens r of t's document up to t: of those after s, and of all of them."""
+    """Products over the tokens r of t's document up to t: of those after s, and of all of them in the window."""
 
     after: Float[Array, "... C C"]  # [t, s] = prod_{s < r <= t} gate_r for s <= t, else 0
     whole: Float[Array, "... C"]
 
 
-def gate_products(gate: Float[Array, "... C"], mask: Bool[Array, "... C C"]) -> GateProducts:
-    """`mask` [t, s]: s is a token of t's document, up to t. Gates of padding are 1."""
-    later = jnp.tril(jnp.ones(mask.shape[-2:], bool), -1)
-    after = jax.lax.cumprod(jnp.where(later, gate[..., :, None], 1), axis=gate.ndim - 1)
-    whole = jnp.prod(jnp.where(mask, gate[..., None, :], 1), axis=-1)
-    return GateProducts(jnp.where(mask, after, 0), whole)
+def gate_products(
+    gate: Float[Array, "... C"], mask: Bool[Array, "... C C"], begins: Bool[Array, "... C"]
+) -> GateProducts:
+    """`mask` [t, s]: s is a token of t's document, up to t. `begins`: its first token. Gates of padding are 1."""
+    size = gate.shape[-1]
+    after = zeros_varying(gate.shape, gate.dtype, gate, begins)
+    whole = after[..., 0] + 1
+
+    def step(before: tuple[Array, Array], token: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], ...]:
+        (after, whole), (g, begin, own) = before, token
+        following = g[..., None] * after + own, g * jnp.where(begin, 1, whole)
+        return following, following
+
+    tokens = (jnp.moveaxis(gate, -1, 0), jnp.moveaxis(begins, -1, 0), jnp.eye(size, dtype=gate.dtype))
+    _, (after, whole) = jax.lax.scan(step, (after, whole), tokens)
+    return GateProducts(jnp.where(mask, jnp.moveaxis(after, 0, -2), 0), jnp.moveaxis(whole, 0, -1))

@@ -22,7 +22,7 @@ from effattn_jax.linear.chunks import from_chunks, to_chunks
 from effattn_jax.linear.gate_products import gate_products
 from effattn_jax.linear.memory_network import Gradient, Layer, Loss, Network, loss_gradients, matrices, read
 from effattn_jax.linear.mini_batches import MiniBatches, mini_batches
-from effattn_jax.linear.recurrence import scan_checkpointed, select
+from effattn_jax.linear.recurrence import select
 from effattn_jax.linear.segments import chunk_masks
 from effattn_jax.linear.titans_recurrent import NEUTRAL, TitansState, Tokens, fresh_state, varying
 from effattn_jax.precision import contract
@@ -58,7 +58,8 @@ def windows(tokens: Tokens, ids: SegmentIds, place: Int[Array, " B"], chunk: int
     kinds, place = mini_batches(ids, place, chunk, size)
     earlier = jnp.tril(chunk_masks(to_chunks(ids, size, fill=-1)).inside)  # [B, N, C, C]
     tokens = Tokens(*(jnp.moveaxis(to_chunks(x, size, fill), 3, 2) for x, fill in zip(tokens, NEUTRAL, strict=True)))
-    D, E = (gate_products(gate, earlier[:, :, None]) for gate in (tokens.keep, tokens.eta))
+    begins = kinds.fresh & ~jnp.any(jnp.tril(earlier, -1), axis=-1)
+    D, E = (gate_products(gate, earlier[:, :, None], begins[:, :, None]) for gate in (tokens.keep, tokens.eta))
     continues = (kinds.open | kinds.next)[:, :, None]
     e = jnp.where(continues, E.whole, 0)
     rates = Rates(
@@ -68,7 +69,6 @@ def windows(tokens: Tokens, ids: SegmentIds, place: Int[Array, " B"], chunk: int
         own=e,
         pushes=E.after,
     )
-    begins = kinds.fresh & ~jnp.any(jnp.tril(earlier, -1), axis=-1)
     window = Window(tokens, rates, kinds, begins)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), window), place
 
@@ -88,7 +88,7 @@ def chunkwise(
 
     A window has up to three kinds of tokens, at as many starts: the chunk that was open, the next one, which starts
     from what the open one leaves, and documents that begin, which start from `weights`. Rows without a state and
-    documents have only the first kind. The backward pass keeps the carry of every sqrt(N)th window.
+    documents have only the first kind. The backward pass keeps what enters each window and its rates.
     """
     batch, length = tokens.q.shape[:2]
     size = max(1, min(chunk, length if window is None else window))
@@ -138,7 +138,7 @@ def chunkwise(
         start = select(kinds.closes, following, start)
         return (following, push, start), out
 
-    carry, out = scan_checkpointed(step, (state.memory, state.momentum, state.start), cut)
+    carry, out = jax.lax.scan(jax.checkpoint(step), (state.memory, state.momentum, state.start), cut)
     return from_chunks(jnp.moveaxis(out, (0, 3), (1, 2)), length), TitansState(*carry, place)
 
 

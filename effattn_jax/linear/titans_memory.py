@@ -92,7 +92,8 @@ def titans_memory(
         check_gate(name, gate, (q.shape[:3], "[B, T, H]"))
     accumulate = accumulation_dtype(q.dtype)
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, accumulate), tree)  # noqa: E731
-    tokens = tokens_of(*cast((q, k, v, theta, eta, alpha)), segment_ids)
+    q_t, k_t, v_t, theta, eta, alpha = cast((q, k, v, theta, eta, alpha))
+    tokens = tokens_of(q_t, k_t, v_t, theta, eta, alpha, segment_ids)
     out, state = dispatch(
         "titans_memory",
         {"xla": _xla},
@@ -102,11 +103,17 @@ def titans_memory(
         cast(weights),
         Loss(activation, loss_scale, None if norm is None else InnerNorm(*cast(norm))),
         chunk,
-        None if initial_state is None else TitansState(*cast(tuple(initial_state[:3])), initial_state.place),
+        initial_state if initial_state is None else cast_state(initial_state, accumulate),
         segment_ids,
         choose_form(form, length),
     )
     return out.astype(q.dtype), state
+
+
+def cast_state(state: TitansState, dtype: Any) -> TitansState:
+    """The weights in `dtype`."""
+    memory, momentum, start = jax.tree.map(lambda x: jnp.asarray(x, dtype), tuple(state[:3]))
+    return TitansState(memory, momentum, start, state.place)
 
 
 def _xla(
@@ -120,14 +127,8 @@ def _xla(
 ) -> tuple[Array, TitansState]:
     if form == "recurrent":
         return recurrent(tokens, weights, loss, chunk, initial_state, segment_ids)
-
-    def windows(
-        tokens: Tokens, weights: Network, norm: InnerNorm | None, state: TitansState | None
-    ) -> tuple[Array, TitansState]:
-        own = loss._replace(norm=norm)
-        return chunkwise(tokens, weights, own, chunk, state, segment_ids, associative=form == "associative")
-
-    return jax.checkpoint(windows)(tokens, weights, loss.norm, initial_state)
+    associative = form == "associative"
+    return chunkwise(tokens, weights, loss, chunk, initial_state, segment_ids, associative=associative)
 
 
 def _check(
