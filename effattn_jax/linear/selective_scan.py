@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax import checks
-from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.dispatch import Implementation, dispatch, platform
 from effattn_jax.linear.affine import DiagonalMap
 from effattn_jax.linear.arguments import FORMS, check_gate, check_state, choose_form, real_tokens, start_state
 from effattn_jax.linear.chunks import from_chunks, to_chunks
@@ -21,8 +21,6 @@ from effattn_jax.precision import accumulation_dtype, contract
 from effattn_jax.typing import Array, Float, SegmentIds
 
 __all__ = ["FORMS", "selective_scan", "selective_scan_map"]
-
-CHUNK = 64
 
 
 def selective_scan(
@@ -53,7 +51,8 @@ def selective_scan(
       form: algorithms for one answer. "recurrent": `lax.scan` over tokens. "chunkwise": a scan over chunks and token by
         token inside them, laid out for speed. "associative": a scan over chunks, `lax.associative_scan` inside them,
         few long steps for an accelerator. "parallel": `lax.associative_scan` over the row; it alone holds the T D N
-        numbers of all states at once. None takes the single step for T = 1, else chunkwise.
+        numbers of all states at once. None takes the single step for T = 1, else chunkwise on a CPU and associative
+        elsewhere.
       implementation: where it runs, see `effattn_jax.dispatch`; "xla" is there.
 
     Returns:
@@ -78,6 +77,7 @@ def selective_scan(
     check_state(initial_state, (batch, dim, states), "[B, D, N]")
     checks.check_segment_ids(segment_ids, batch, length)
     accumulate = accumulation_dtype(x.dtype)
+    form = choose_form(form or ("associative" if length > 1 and platform() != "cpu" else None), length)
     y, state = dispatch(
         "selective_scan",
         {"xla": _xla},
@@ -90,7 +90,7 @@ def selective_scan(
         C,
         start_state(initial_state, (batch, dim, states), accumulate, x, dt, A, B, C),
         segment_ids,
-        choose_form(form, length),
+        form,
     )
     if D is not None:
         y = y + D.astype(accumulate) * real_tokens(x, segment_ids)
@@ -173,7 +173,7 @@ def chunkwise(
     C: Float[Array, "B T N"],
     initial_state: Float[Array, "B D N"],
     segment_ids: SegmentIds | None,
-    chunk: int | None = None,
+    chunk: int = 64,
     associative: bool = False,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """A scan over chunks; inside, the states live as [N, D], channels side by side, and go no further than their C_t.
@@ -183,10 +183,9 @@ def chunkwise(
     length = x.shape[1]
     x, dt, C = (real_tokens(z, segment_ids) for z in (x, dt, C))
     starts = None if segment_ids is None else document_starts(segment_ids)
-    chunk = (128 if associative else 64) if chunk is None else chunk
     # [chunks, tokens of a chunk, rows, ...]
     tokens = jax.tree.map(lambda z: jnp.moveaxis(to_chunks(z, chunk), 0, 2), (x, dt, B, C, starts))
-    inside = one_by_one if not associative else composed
+    inside = composed if associative else one_by_one
     body = jax.checkpoint(functools.partial(inside, jnp.swapaxes(A, 0, 1)))
     state, y = jax.lax.scan(body, jnp.swapaxes(initial_state, 1, 2), tokens)
     return from_chunks(jnp.moveaxis(y, 2, 0), length), jnp.swapaxes(state, 1, 2)

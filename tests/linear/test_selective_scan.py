@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,14 @@ def test_never_holds_all_states(form):
     assert largest_array(program) <= LENGTH * DIM * STATES / 8
     assert largest_array(all_at_once) >= LENGTH * DIM * STATES
     assert temporary < all_temporary / 5
+
+
+def test_default_form_of_an_accelerator(monkeypatch):
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 3, 2), (1, 3, 2), (2, 4), (1, 3, 4), (1, 3, 4))]
+    program = lambda form=None: str(jax.make_jaxpr(functools.partial(selective_scan, form=form))(*arguments))  # noqa: E731
+    assert program() == program("chunkwise") != program("associative")
+    monkeypatch.setattr(sys.modules[selective_scan.__module__], "platform", lambda: "gpu")
+    assert program() == program("associative")
 
 
 @pytest.mark.parametrize("argument", ["D", "A", "dt", "x"])
