@@ -11,7 +11,7 @@ def base() -> ConfigDict:
     seed                     of parameters and of the order of documents
 
     model.pattern            names of mixers, one a block; the pattern repeats model.repeats times
-    model.mixers.<name>      options of a mixer; `kind` names it where <name> does not; none: the mixer's defaults
+    model.mixers.<name>      options of a mixer; `kind` names it where <name> does not, `mlp_dim` is its block's
     model.dim, .mlp_dim      residual stream; hidden size of the feed-forward layers (0: none)
     model.mlp                their kind: "swiglu" or a channel mix of RWKV
     model.vocab_size         rows of the embedding; None: the tokenizer's

@@ -47,10 +47,10 @@ def forms(engine: Callable[..., Any]) -> str:
 def state_shape(engine: Callable[..., Any]) -> str:
     """From the annotation of what the engine returns: (out, state)."""
     returned = inspect.signature(engine).return_annotation
-    parts = getattr(returned, "__args__", ())
-    if len(parts) != 2 or engine is sparse.attention:
+    if engine is sparse.attention:
         return "keys and values"
-    return _shape(parts[1])
+    _, state = returned.__args__
+    return _shape(state)
 
 
 def _shape(annotation: Any) -> str:

@@ -40,10 +40,10 @@ class Unit(nnx.Module):
 class LanguageModel(nnx.Module):
     """`logits, state = model(tokens, state=None, segment_ids=None, positions=None)`: the contract of a layer.
 
-    The pattern is a sequence of names. A name stands for the options under it in `mixers`, whose `kind` is a mixer of
-    `effattn_jax.layers.MIXERS` (the name itself where it is left out); a mixer that is not there takes its defaults. The
-    pattern repeats `repeats` times, its
-    parameters stacked along a leading axis: one `lax.scan` runs them, so compile time does not grow with depth.
+    The pattern is a sequence of names. A name stands for the options under it in `mixers`: those of the mixer, `kind`, a
+    mixer of `effattn_jax.layers.MIXERS` (the name itself where it is left out), and `mlp_dim`, the size of its block's
+    feed-forward layer. A mixer that is not there takes its defaults. The pattern repeats `repeats` times, its parameters
+    stacked along a leading axis: one `lax.scan` runs them, so compile time does not grow with depth.
 
         LanguageModel(vocab_size=258, dim=256, mlp_dim=704, pattern=("mamba2", "mamba2", "local"), repeats=2,
                       mixers={"mamba2": {"state_dim": 64}, "local": {"kind": "attention", "heads": 4, "window": 128}},
@@ -83,6 +83,7 @@ class LanguageModel(nnx.Module):
                 checks.fail("pattern", repr(name), f"a name under mixers, or of a mixer: {known}")
         self.vocab_size, self.repeats, self.remat, self.dtype = vocab_size, repeats, remat, dtype
         options = [dict(mixers.get(name, {})) for name in pattern]
+        mlp_dims = [given.pop("mlp_dim", mlp_dim) for given in options]
         kinds = [given.pop("kind", name) for name, given in zip(pattern, options, strict=True)]
 
         @nnx.split_rngs(splits=repeats)
@@ -94,7 +95,7 @@ class LanguageModel(nnx.Module):
                         dim,
                         kind,
                         given,
-                        mlp_dim=mlp_dim,
+                        mlp_dim=size,
                         mlp=mlp,
                         layer_index=first_layer + i,
                         layer_count=repeats * len(kinds),
@@ -102,7 +103,7 @@ class LanguageModel(nnx.Module):
                         dtype=dtype,
                         rngs=rngs,
                     )
-                    for i, (kind, given) in enumerate(zip(kinds, options, strict=True))
+                    for i, (kind, given, size) in enumerate(zip(kinds, options, mlp_dims, strict=True))
                 ]
             )
 

@@ -141,7 +141,14 @@ def split_by_padding(layer, x, state, ids, cut):
     return jnp.where(before[..., None], *parts)
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDS if "window" not in RECORDS[name].options])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if record.slow else [])
+        for name, record in RECORDS.items()
+        if "window" not in record.options
+    ],
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
 def test_padding_at_either_end_leaves_the_state(name, packed):
     """Every cut, also before the first and after the last token. (In a window padding takes the place of a token.)"""

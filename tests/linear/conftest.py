@@ -1,7 +1,7 @@
 """Which combinations of engines, forms and checks are run, and when.
 
-A program takes seconds to compile and milliseconds to run. The quick tests of an engine are those that share two programs
-a form, with and without documents; one engine, scalar decay, goes quickly through everything there is.
+A program takes seconds to compile and milliseconds to run. The quick tests of an engine are those that share two
+programs a form, with and without documents; one engine, scalar decay, goes quickly through everything there is.
 """
 
 import pytest

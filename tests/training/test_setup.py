@@ -33,7 +33,10 @@ def changed(**fields):
         ({"model__mixers__mamba2__head_dim": 24}, "head_dim: got 24; needs a divisor of expand * dim = 64"),
         ({"model__mixers__mamba2__groups": 3}, "groups: got 3 heads"),
         ({"model__mixers__local__windw": 3}, "mixer 'attention'"),
-        ({"model__pattern": ("mamba9",)}, "pattern: got 'mamba9'; needs a name under mixers, or of a mixer: attention, "),
+        (
+            {"model__pattern": ("mamba9",)},
+            "pattern: got 'mamba9'; needs a name under mixers, or of a mixer: attention, ",
+        ),
         ({"model__mixers__local__kind": "atention"}, "mixer: got 'atention'; needs one of attention, mamba2"),
         ({"model__pattern": ()}, "pattern: got"),
         ({"data__batch_size": 7, "train__microbatches": 2}, "batch_size: got 7; needs a multiple of 16"),
