@@ -34,22 +34,31 @@ def papers(text: str) -> str:
 
 
 def engines() -> dict[str, Callable[..., Any]]:
-    """The functions of `linear` that have forms, and softmax attention."""
+    """The functions of `linear` that have forms, and those of softmax attention."""
     found = {name: getattr(linear, name) for name in linear.__all__}
     found = {name: f for name, f in found.items() if callable(f) and "form" in inspect.signature(f).parameters}
-    return found | {"attention": sparse.attention}
+    return found | {f.__name__: f for f in SOFTMAX}
+
+
+SOFTMAX = (sparse.attention, sparse.forgetting_attention, sparse.path_attention)
 
 
 def forms(engine: Callable[..., Any]) -> str:
-    return ", ".join(getattr(inspect.getmodule(engine), "FORMS", ("online softmax", "dense")))
+    """Of an engine; a function without forms of its own has those of the engine it calls."""
+    if engine in SOFTMAX:
+        return "online softmax"
+    module = inspect.getmodule(engine)
+    if hasattr(module, "FORMS"):
+        return ", ".join(module.FORMS)
+    called = [name for name, f in engines().items() if f is not engine and f in vars(module).values()]
+    return ", ".join(f"those of `{name}`" for name in called)
 
 
 def state_shape(engine: Callable[..., Any]) -> str:
     """From the annotation of what the engine returns: (out, state)."""
-    returned = inspect.signature(engine).return_annotation
-    if engine is sparse.attention:
+    if engine in SOFTMAX:
         return "keys and values"
-    _, state = returned.__args__
+    _, state = inspect.signature(engine).return_annotation.__args__
     return _shape(state)
 
 
@@ -75,11 +84,20 @@ def layer_rows() -> Iterator[tuple[str, ...]]:
 
 
 def _engines_of(layer: type, functions: dict[int, str]) -> list[str]:
-    """The engines that the layer's module, or one that its base classes are in, imports by name."""
-    modules = [inspect.getmodule(c) for c in layer.__mro__ if c.__module__.startswith("effattn_jax")]
-    used = {functions[id(x)] for module in modules for x in vars(module).values() if id(x) in functions}
-    if any("cached_attention" in vars(module) for module in modules):
-        used.add("attention")
+    """The engines that the layer's module imports, or that layers do from which it is made."""
+    modules: dict[str, Any] = {}
+
+    def visit(module: Any) -> None:
+        if module.__name__ in modules or not module.__name__.startswith("effattn_jax.layers."):
+            return
+        modules[module.__name__] = module
+        for x in vars(module).values():
+            if inspect.isclass(x):
+                visit(inspect.getmodule(x))
+
+    for base in layer.__mro__[:-1]:
+        visit(inspect.getmodule(base))
+    used = {functions[id(x)] for module in modules.values() for x in vars(module).values() if id(x) in functions}
     return [f"`{name}`" for name in sorted(used)]
 
 

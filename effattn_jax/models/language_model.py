@@ -40,10 +40,10 @@ class Unit(nnx.Module):
 class LanguageModel(nnx.Module):
     """`logits, state = model(tokens, state=None, segment_ids=None, positions=None)`: the contract of a layer.
 
-    The pattern is a sequence of names. A name stands for the options under it in `mixers`: those of the mixer, `kind`, a
-    mixer of `effattn_jax.layers.MIXERS` (the name itself where it is left out), and `mlp_dim`, the size of its block's
-    feed-forward layer. A mixer that is not there takes its defaults. The pattern repeats `repeats` times, its parameters
-    stacked along a leading axis: one `lax.scan` runs them, so compile time does not grow with depth.
+    The pattern is a sequence of names. A name stands for the options under it in `mixers`: those of the mixer, `kind`,
+    a mixer of `effattn_jax.layers.MIXERS` (the name itself where it is left out), and `mlp_dim`, the size of its
+    block's feed-forward layer. A mixer that is not there takes its defaults. The pattern repeats `repeats` times, its
+    parameters stacked along a leading axis: one `lax.scan` runs them, so compile time does not grow with depth.
 
         LanguageModel(vocab_size=258, dim=256, mlp_dim=704, pattern=("mamba2", "mamba2", "local"), repeats=2,
                       mixers={"mamba2": {"state_dim": 64}, "local": {"kind": "attention", "heads": 4, "window": 128}},
