@@ -23,9 +23,10 @@ from effattn_jax.typing import Array
 from experiments.report import plot_accuracy, write_report
 from experiments.small_model import Batch, Fit, SmallModel, fit
 
-FULL = flags.DEFINE_bool("full", False, "the whole grid, for an accelerator")
-MIXER = flags.DEFINE_multi_string("mixer", None, "only these mechanisms; default: all of the table")
-OUTPUT = flags.DEFINE_string("output", "runs/recall", "where recall.json and recall.png go")
+FLAGS = flags.FlagValues()
+FULL = flags.DEFINE_bool("full", False, "the whole grid, for an accelerator", flag_values=FLAGS)
+MIXER = flags.DEFINE_multi_string("mixer", None, "only these mechanisms; default: all of the table", flag_values=FLAGS)
+OUTPUT = flags.DEFINE_string("output", "runs/recall", "where recall.json and recall.png go", flag_values=FLAGS)
 
 NOTHING = 0  # the token between the questions
 
@@ -171,7 +172,7 @@ def train(mixer: str, options: Mapping[str, Any], grid: Grid) -> Fit:
 
 
 def main() -> None:
-    flags.FLAGS(sys.argv)
+    FLAGS(sys.argv)
     grid = LARGE if FULL.value else SMALL
     rows: list[dict[str, Any]] = []
     panels: dict[str, dict[str, dict[int, float]]] = {}

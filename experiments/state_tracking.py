@@ -27,8 +27,11 @@ from effattn_jax.typing import Array
 from experiments.report import plot_accuracy, write_report
 from experiments.small_model import Batch, Fit, SmallModel, fit
 
-FULL = flags.DEFINE_bool("full", False, "more seeds, steps and longer rows, for an accelerator")
-OUTPUT = flags.DEFINE_string("output", "runs/state_tracking", "where state_tracking.json and state_tracking.png go")
+FLAGS = flags.FlagValues()
+FULL = flags.DEFINE_bool("full", False, "more seeds, steps and longer rows, for an accelerator", flag_values=FLAGS)
+OUTPUT = flags.DEFINE_string(
+    "output", "runs/state_tracking", "where state_tracking.json and state_tracking.png go", flag_values=FLAGS
+)
 
 
 def parity_table() -> np.ndarray:
@@ -110,7 +113,7 @@ def train(table: np.ndarray, mixer: str, options: Mapping[str, Any], size: Size)
 
 
 def main() -> None:
-    flags.FLAGS(sys.argv)
+    FLAGS(sys.argv)
     size = LARGE if FULL.value else SMALL
     rows, panels = [], {}
     print(

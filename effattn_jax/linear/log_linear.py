@@ -89,7 +89,7 @@ def log_linear_attention(
     if initial_state is not None:
         _check_state(initial_state, shape)
     levels = start_state(None if initial_state is None else initial_state.levels, shape, accumulate, q, k, v, log_decay)
-    count = zeros_varying((batch,), jnp.int32, q, k, v, log_decay)
+    count = zeros_varying((batch,), jnp.int32, *(() if segment_ids is None else (segment_ids,)))
     if initial_state is not None:
         count = count + initial_state.count.astype(jnp.int32)
         levels = jnp.where(occupied(count, slots)[:, None, :, None, None], levels, 0)
@@ -309,7 +309,7 @@ def chunkwise(
     queries = q[:, :, :, None, :, None] * read_scales[..., None]  # [B, N, G, R, C, S, K]
     read = contract("bngrcsk,bngrskv->bngrcv", queries.astype(q.dtype), entering.astype(q.dtype))
     out = inside + read * jnp.exp(g.total)[..., None]
-    out = out.reshape(*out.shape[:2], -1, chunk, value_dim)
+    out = out.reshape(*out.shape[:2], groups * heads[1], chunk, value_dim)
     state = state.reshape(batch, -1, slots - lowest, key_dim, value_dim)
     state = jnp.concatenate([initial_state.levels[:, :, :lowest], state], axis=2)
     count = levels.count + jnp.zeros_like(initial_state.count)

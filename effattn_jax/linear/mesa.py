@@ -22,7 +22,7 @@ from effattn_jax.linear.chunks import from_chunks
 from effattn_jax.linear.conjugate_gradients import solve_positive
 from effattn_jax.linear.recurrence import recurrence
 from effattn_jax.linear.scalar_decay import scalar_decay_map
-from effattn_jax.precision import accumulation_dtype, contract
+from effattn_jax.precision import accumulation_dtype, contract, zeros_varying
 from effattn_jax.typing import Array, Float, Keys, Queries, SegmentIds, Values
 
 __all__ = ["FORMS", "MesaState", "mesa", "mesa_map"]
@@ -99,7 +99,7 @@ def mesa(
         *(repeat_heads(x.astype(accumulate), heads) for x in (q, k, v)),
         beta.astype(accumulate),
         log_decay.astype(accumulate),
-        ridge.astype(accumulate),
+        ridge.astype(accumulate) + zeros_varying(ridge.shape, accumulate, q, k, v, beta),
         MesaState((h + jnp.swapaxes(h, -1, -2)) / 2, r),
         segment_ids,
         choose_form(form, length),
@@ -201,13 +201,15 @@ def chunkwise(
     entering, state = entering_states(maps, start, associative=associative)
     entering = jnp.moveaxis(entering, 0, 1)
 
+    ones = jnp.ones_like(beta)[..., None]
+    ((pairs,),) = decay.scores((ones,), (ones,))  # D
+
     def read(p: Array, part: slice) -> Array:
-        inside = contract("bnhij,bnhjv->bnhiv", decay.scores(p, k), values[..., part])
+        inside = contract("bnhij,bnhjv->bnhiv", contract("bnhik,bnhjk->bnhij", p, k) * pairs, values[..., part])
         return inside + contract("bnhck,bnhkv->bnhcv", p * decay.into, entering[..., part])
 
     ridge = ridge[:, None]
-    ones = jnp.ones_like(beta)[..., None]
-    diagonal = contract("bnhij,bnhjk->bnhik", decay.scores(ones, ones), values[..., :key_dim] * k)
+    diagonal = contract("bnhij,bnhjk->bnhik", pairs, values[..., :key_dim] * k)
     diagonal += decay.into * jnp.diagonal(entering[..., :key_dim], axis1=-2, axis2=-1)[..., None, :]
     y = solve_positive(lambda p: read(p, slice(key_dim)) + ridge * p, q, diagonal + ridge, iterations)
     out = jnp.moveaxis(read(y, slice(key_dim, None)), 3, 2)

@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from flax import nnx
 
 from effattn_jax.layers import MIXERS
@@ -65,7 +64,6 @@ def test_the_grid_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(recall, "SMALL", tiny._replace(steps=3))
     monkeypatch.setattr("sys.argv", ["recall", f"--output={tmp_path}"])
     recall.main()
-    flags.FLAGS.unparse_flags()
     report = json.loads((tmp_path / "recall.json").read_text())
     assert [(row["mixer"], row["state_dim"], row["steps"]) for row in report["rows"]] == [
         ("attention", 4, 3),

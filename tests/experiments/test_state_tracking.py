@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import state_tracking
 from experiments.state_tracking import SMALL, TASKS, draw, parity_table, s3_table
@@ -46,7 +45,6 @@ def test_the_models_run(monkeypatch, tmp_path):
     monkeypatch.setattr(state_tracking, "SMALL", tiny)
     monkeypatch.setattr("sys.argv", ["state_tracking", f"--output={tmp_path}"])
     state_tracking.main()
-    flags.FLAGS.unparse_flags()
     report = json.loads((tmp_path / "state_tracking.json").read_text())
     assert [(row["task"], row["model"]) for row in report["rows"]] == [
         (task, model) for task, (_, models) in TASKS.items() for model in models

@@ -1,5 +1,6 @@
 """Log-linear attention, after some tokens that the initial state has seen."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax.linear.fenwick import occupied
@@ -31,7 +32,10 @@ def _draw_state(rng, sizes):
 
 def _chunkwise(inputs, initial_state, segment_ids, chunk):
     arguments = (inputs[name] for name in ("q", "k", "v", "log_decay", "level_scales"))
-    out, state = chunkwise(*arguments, initial_state, segment_ids, chunk=chunk)
+    levels, count = initial_state
+    held = occupied(count, levels.shape[2])[:, None, :, None, None]
+    state = LogLinearState(jnp.where(held, levels, 0), count)  # as `log_linear_attention` does before it
+    out, state = chunkwise(*arguments, state, segment_ids, chunk=chunk)
     return out * inputs["q"].shape[-1] ** -0.5, state
 
 

@@ -42,7 +42,9 @@ def _function(*, initial_state, segment_ids, form, implementation=None, **inputs
 
 def _chunkwise(inputs, initial_state, segment_ids, chunk):
     arguments = (inputs[name] for name in ("q", "k", "v", "beta", "log_decay", "ridge"))
-    out, state = chunkwise(*arguments, _split(initial_state, inputs), segment_ids, chunk=chunk)
+    h, r = _split(initial_state, inputs)
+    state = MesaState((h + jnp.swapaxes(h, -1, -2)) / 2, r)  # as `mesa` does before it
+    out, state = chunkwise(*arguments, state, segment_ids, chunk=chunk)
     return out, jnp.concatenate(state, -1)
 
 
