@@ -42,7 +42,7 @@ class ChunkDecay(NamedTuple):
 def chunk_decay(log_decay: Float[Array, "B T H 1|K"] | None, segment_ids: SegmentIds | None, chunk: int) -> ChunkDecay:
     """Of one gate per token and head, or one per channel; None is no decay."""
     if log_decay is None:
-        gates = jnp.zeros((1, 1, 1, chunk, 1))
+        gates = jnp.zeros((1, 1, 1, chunk, 1), jnp.float32)
     elif segment_ids is None:
         gates = split_heads(log_decay, chunk)
     else:

@@ -161,3 +161,11 @@ def test_gradients_are_finite_for_beta_zero_one_two_under_strong_gates():
             q, k, v, beta, g, start
         )
         assert all(np.isfinite(x).all() for x in grads)
+
+
+@every_gate
+def test_float32_stays_float32_where_float64_is_enabled(gate):
+    q, k, v, beta, g, start = draw(gate)
+    with jax.enable_x64(True):
+        out, state = run(q, k, v, beta, g, initial_state=start, form="chunkwise")
+    assert out.dtype == state.dtype == np.float32
