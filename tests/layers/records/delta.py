@@ -24,7 +24,14 @@ RECORDS = {
     "gated_delta_product": Record(GatedDeltaProduct, DELTA),
     "delta_product": Record(
         GatedDeltaProduct,
-        DELTA | {"value_heads": 4, "householders": 3, "forget_gate": False, "output_gate": False},
+        DELTA
+        | {
+            "value_heads": 4,
+            "householders": 3,
+            "forget_gate": False,
+            "output_gate": False,
+            "allow_negative_eigenvalues": False,
+        },
         slow=True,
     ),
     "comba": Record(Comba, DELTA | {"expand_v": 0.5}),
