@@ -7,7 +7,9 @@ import jax
 from flax import nnx
 
 from effattn_jax.models.language_model import LanguageModel
-from effattn_jax.sparse import KVCache
+from effattn_jax.sparse import ForgettingCache, KVCache, PathCache
+
+CACHES = (KVCache, ForgettingCache, PathCache)
 
 
 class Sizes(NamedTuple):
@@ -30,7 +32,8 @@ def sizes(model: LanguageModel, max_length: int) -> Sizes:
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
     nbytes = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
     state = jax.eval_shape(lambda: model.init_state(1, max_length))
-    caches = [part for part in state if isinstance(part, KVCache)]
+    is_cache = lambda part: isinstance(part, CACHES)  # noqa: E731
+    caches = [part for part in jax.tree.leaves(state, is_leaf=is_cache) if is_cache(part)]
     embeddings = math.prod(model.embedding.shape) * (1 if model.head is None else 2)
     return Sizes(
         parameters=count(nnx.state(model, nnx.Param)),
