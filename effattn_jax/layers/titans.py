@@ -88,8 +88,8 @@ class Titans(nnx.Module):
         """`positions` is of no consequence here: the memory knows the order."""
         checks.check_segment_ids(segment_ids, *x.shape[:2])
         y, state = self.memory(x, state, segment_ids=segment_ids)
-        y = self.norm(y.reshape(*x.shape[:2], -1)) * jax.nn.silu(self.gate_proj(x))
-        return self.out_proj(y), state
+        gate = jax.nn.silu(self.gate_proj(x))
+        return self.out_proj(self.norm(y.reshape(gate.shape)) * gate), state
 
 
 def width_of_head(dim: int, heads: int, head_dim: int | None) -> int:

@@ -118,7 +118,7 @@ class WindowAttention(nnx.Module):
             always, other = attend_to_all(q, self.by_head(self.k_proj(p)), self.by_head(self.v_proj(p)))
             share = jax.nn.sigmoid(lse - other)[..., None]
             out = (share * out + (1 - share) * always).astype(self.dtype)
-        return out.reshape(batch, length, -1), state
+        return out.reshape(batch, length, self.heads * self.head_dim), state
 
 
 def persistent_tokens(count: int, dim: int, rngs: nnx.Rngs) -> nnx.Param | None:

@@ -27,7 +27,9 @@ def gate_products(
     after = zeros_varying(gate.shape, gate.dtype, gate, begins)
     whole = after[..., 0] + 1
 
-    def step(before: tuple[Array, Array], token: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], ...]:
+    def step(
+        before: tuple[Array, Array], token: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         (after, whole), (g, begin, own) = before, token
         following = g[..., None] * after + own, g * jnp.where(begin, 1, whole)
         return following, following

@@ -7,6 +7,7 @@ A gradient of a layer's matrix is x^T delta, with x what the layer read and delt
 is kept as that pair of vectors.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,7 +53,11 @@ class Gradient(NamedTuple):
 
 
 def matrices(network: Network) -> list[Layer]:
-    return [lambda x, w=w: contract("...ci,...io->...co", x, w) for w in network]
+    return [functools.partial(_product, w) for w in network]
+
+
+def _product(w: Array, x: Array) -> Array:
+    return contract("...ci,...io->...co", x, w)
 
 
 def passes(layers: Sequence[Layer], x: Array, activation: str) -> tuple[list[Array], list[Array]]:

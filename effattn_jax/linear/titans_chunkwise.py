@@ -13,6 +13,7 @@ The chunkwise form needs M_t only at the end of a chunk: what a layer makes of t
 The associative form computes every M_t, by two scans over the tokens of a window.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -117,9 +118,10 @@ def chunkwise(
 
         end = last(kinds.open | kinds.next | kinds.fresh)
         ends = lambda kind: jnp.any(end & kind, axis=-1)  # noqa: E731
+        layers: list[Layer]
         if associative:
             every_memory, every_momentum = every_token(window, memory, momentum, weights, U)
-            layers = [lambda y, M=M: contract("...i,...io->...o", y, M) for M in every_memory]
+            layers = [functools.partial(contract, "...io,...i->...o", M) for M in every_memory]
             following, push = (tuple(x[:, :, -1] for x in every) for every in (every_memory, every_momentum))
         else:
             layers = [

@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
     keep: Float[Array, "B T H"]
 
 
-NEUTRAL = Tokens(q=0, k=0, v=0, theta=0, eta=1, keep=1)  # such a token changes nothing
+NEUTRAL = (0, 0, 0, 0, 1, 1)  # q, k, v, theta, eta and keep of a token that changes nothing
 
 
 def tokens_of(
@@ -56,7 +56,8 @@ def varying(state: TitansState, tokens: Tokens, segment_ids: SegmentIds | None) 
     zero = zeros_varying((), tokens.q.dtype, *tokens, *jax.tree.leaves(state[:3]))
     weights = jax.tree.map(lambda x: x + zero, state[:3])
     place = state.place if segment_ids is None else state.place + zeros_varying((), state.place.dtype, segment_ids)
-    return TitansState(*weights, place)
+    memory, momentum, start = weights
+    return TitansState(memory, momentum, start, place)
 
 
 def recurrent(
