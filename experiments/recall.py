@@ -1,6 +1,6 @@
 """Multi-query associative recall: how many pairs does a memory of a given size hold?
 
-    python -m experiments.recall [--full] [--output=DIR]
+    python -m experiments.recall [--full --workers=8] [--output=DIR]
 
 A row shows pairs of a key and a value, then asks for each key once, in another order (Arora et al. 2023, "Zoology",
 arXiv:2312.04927). Two blocks of each mechanism are trained on rows with different numbers of pairs and tested on each
@@ -12,7 +12,7 @@ Without --full: two state sizes and up to 16 pairs, minutes on a CPU. Writes rec
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,10 @@ from absl import flags
 
 from effattn_jax.typing import Array
 from experiments.report import plot_accuracy, write_report
-from experiments.small_model import Batch, Fit, SmallModel, fit
+from experiments.small_model import Batch, Fit, SmallModel, fit, fit_all
 
 FLAGS = flags.FlagValues()
+WORKERS = flags.DEFINE_integer("workers", 1, "models that are trained at the same time", flag_values=FLAGS)
 FULL = flags.DEFINE_bool("full", False, "the whole grid, for an accelerator", flag_values=FLAGS)
 MIXER = flags.DEFINE_multi_string("mixer", None, "only these mechanisms; default: all of the table", flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string("output", "runs/recall", "where recall.json and recall.png go", flag_values=FLAGS)
@@ -100,23 +101,12 @@ SMALL = Grid(
     learning_rates=(3e-3, 1e-2),
 )
 LARGE = Grid(
-    task=Recall(length=512, keys=512, values=512),
-    pairs=(4, 8, 16, 32, 64, 128),
-    state_dims=(16, 64),
-    mixers=(
-        "attention",
-        "linear_attention",
-        "retention",
-        "gla",
-        "mamba2",
-        "log_linear",
-        "delta_net",
-        "gated_delta_net",
-        "rwkv7",
-        "mesa_net",
-    ),
-    dim=128,
-    rows=128,
+    task=Recall(length=256, keys=256, values=256),
+    pairs=(4, 8, 16, 32, 64),
+    state_dims=(8, 32),
+    mixers=("attention", "linear_attention", "gla", "mamba2", "delta_net", "gated_delta_net", "rwkv7", "mesa_net"),
+    dim=64,
+    rows=64,
     steps=3000,
     learning_rates=(1e-3, 3e-3, 1e-2),
 )
@@ -174,24 +164,39 @@ def train(mixer: str, options: Mapping[str, Any], grid: Grid) -> Fit:
 def main() -> None:
     FLAGS(sys.argv)
     grid = LARGE if FULL.value else SMALL
-    rows: list[dict[str, Any]] = []
-    panels: dict[str, dict[str, dict[int, float]]] = {}
-    attention = None
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; accuracy on rows of so many pairs")
-    print(f"{'mechanism':18}{'state_dim':>10}" + "".join(f"{pairs:>7}" for pairs in grid.pairs) + "  steps     s")
+    jobs: dict[tuple[str, int], Callable[[], Fit]] = {}
+    chosen: dict[tuple[str, int], dict[str, Any]] = {}
     for state_dim in grid.state_dims:
         for mixer in MIXER.value or grid.mixers:
-            chosen = options(mixer, grid.dim, state_dim, grid.task.length)
-            if mixer != "attention":
-                best = train(mixer, chosen, grid)
-            else:  # it has no state_dim
-                best = attention = attention or train(mixer, chosen, grid)
-            line = {int(pairs): value for pairs, value in best.accuracy.items()}
-            panels.setdefault(f"state_dim {state_dim}", {})[mixer] = line
-            rows.append({"mixer": mixer, "state_dim": state_dim, "options": chosen, **best._asdict()})
-            cells = "".join(f"{value:>7.3f}" for value in line.values())
-            print(f"{mixer:18}{state_dim:>10}{cells}{best.steps:>7}{best.seconds:>6.0f}", flush=True)
+            if mixer == "attention" and state_dim != grid.state_dims[0]:
+                continue  # it has no state_dim: once is enough
+            chosen[mixer, state_dim] = options(mixer, grid.dim, state_dim, grid.task.length)
+            jobs[mixer, state_dim] = functools.partial(train, mixer, chosen[mixer, state_dim], grid)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; accuracy on rows of so many pairs")
+    print(f"{'mechanism':18}{'state_dim':>10}" + "".join(f"{pairs:>7}" for pairs in grid.pairs) + "  steps     s")
+    fits: dict[tuple[str, int], Fit] = {}
+    for (mixer, state_dim), best in fit_all(jobs, WORKERS.value):
+        cells = "".join(f"{value:>7.3f}" for value in best.accuracy.values())
+        print(f"{mixer:18}{state_dim:>10}{cells}{best.steps:>7}{best.seconds:>6.0f}", flush=True)
+        fits[mixer, state_dim] = best
+    rows = [
+        {
+            "mixer": mixer,
+            "state_dim": state_dim,
+            "options": chosen[mixer, state_dim],
+            **fits[mixer, state_dim]._asdict(),
+        }
+        for mixer, state_dim in jobs
+    ]
     write_report(f"{OUTPUT.value}/recall.json", "experiments.recall", rows, grid=grid._asdict())
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for state_dim in grid.state_dims:
+        lines = {m: fit for (m, size), fit in fits.items() if size == state_dim or m == "attention"}
+        panels[f"state_dim {state_dim}"] = {
+            mixer: {int(pairs): value for pairs, value in lines[mixer].accuracy.items()}
+            for mixer in grid.mixers
+            if mixer in lines
+        }
     chances = dict.fromkeys(panels, 1 / grid.task.values)
     plot_accuracy(f"{OUTPUT.value}/recall.png", panels, x="pairs", chance=chances)
     print(f"written: recall.json, recall.png in {OUTPUT.value}")

@@ -4,9 +4,10 @@ Models that differ in their seed and learning rate are one `vmap`, steps are one
 the device inside it.
 """
 
+import concurrent.futures
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +83,14 @@ class Fit(NamedTuple):
     seed: int
     steps: int
     seconds: float
+
+
+def fit_all[Name](jobs: Mapping[Name, Callable[[], Fit]], workers: int) -> Iterator[tuple[Name, Fit]]:
+    """The fits as they are done, `workers` of them at a time: programs compile side by side and share the device."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        names = {pool.submit(job): name for name, job in jobs.items()}
+        for done in concurrent.futures.as_completed(names):
+            yield names[done], done.result()
 
 
 def fit(

@@ -1,6 +1,6 @@
 """Can a memory follow a state? Parity, and products of permutations of three things.
 
-    python -m experiments.state_tracking [--full] [--output=DIR]
+    python -m experiments.state_tracking [--full --workers=8] [--output=DIR]
 
 A row of elements of a group is read; after each, the product of all so far is to be said. Parity is the group of two
 elements, S3 that of the six permutations. One layer of each mechanism is trained on short rows and tested on longer
@@ -25,9 +25,10 @@ from absl import flags
 
 from effattn_jax.typing import Array
 from experiments.report import plot_accuracy, write_report
-from experiments.small_model import Batch, Fit, SmallModel, fit
+from experiments.small_model import Batch, Fit, SmallModel, fit, fit_all
 
 FLAGS = flags.FlagValues()
+WORKERS = flags.DEFINE_integer("workers", 1, "models that are trained at the same time", flag_values=FLAGS)
 FULL = flags.DEFINE_bool("full", False, "more seeds, steps and longer rows, for an accelerator", flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string(
     "output", "runs/state_tracking", "where state_tracking.json and state_tracking.png go", flag_values=FLAGS
@@ -51,18 +52,30 @@ def draw(key: Array, rows: int, length: int, table: np.ndarray) -> Batch:
     return Batch(elements, products, jnp.ones_like(elements, bool))
 
 
-DELTA = {"heads": 2, "head_dim": 16, "conv_width": 1}
+DELTA = {"heads": 4, "head_dim": 8, "conv_width": 1}  # filters of one token: what is known of the past is in the memory
 PRODUCT = DELTA | {"householders": 2, "expand_v": 1.0, "forget_gate": False, "output_gate": False}
-TASKS: dict[str, tuple[np.ndarray, dict[str, tuple[str, dict[str, Any]]]]] = {
-    "parity": (
+
+
+class Task(NamedTuple):
+    """A group by its multiplication table, and the models of one layer: a mixer and its options."""
+
+    table: np.ndarray
+    difficulty: int  # so many times the steps
+    models: Mapping[str, tuple[str, Mapping[str, Any]]]
+
+
+TASKS = {
+    "parity": Task(
         parity_table(),
+        1,
         {
             "DeltaNet, β < 1": ("delta_net", DELTA),
             "DeltaNet, β < 2": ("delta_net", DELTA | {"allow_negative_eigenvalues": True}),
         },
     ),
-    "S3": (
+    "S3": Task(
         s3_table(),
+        3,
         {
             "DeltaNet, β < 2": ("delta_net", DELTA | {"allow_negative_eigenvalues": True}),
             "DeltaProduct 2, β < 1": ("gated_delta_product", PRODUCT | {"allow_negative_eigenvalues": False}),
@@ -70,8 +83,6 @@ TASKS: dict[str, tuple[np.ndarray, dict[str, tuple[str, dict[str, Any]]]]] = {
         },
     ),
 }
-"""Task -> multiplication table, and models of one layer: mixer and options. The filters see one token, so that what a
-model knows of the past is in its memory."""
 
 
 class Size(NamedTuple):
@@ -79,17 +90,18 @@ class Size(NamedTuple):
     length: int  # of rows of training
     lengths: tuple[int, ...]  # of rows to test on
     rows: int
-    steps: int
+    steps: int  # of a task of difficulty 1
     seeds: int
     learning_rates: tuple[float, ...]
 
 
-SMALL = Size(32, 32, (16, 32, 64, 128), 64, 2000, 2, (3e-3, 1e-2))
-LARGE = Size(64, 64, (32, 64, 128, 256, 512), 256, 5000, 5, (1e-3, 3e-3, 1e-2))
+SMALL = Size(32, 32, (16, 32, 64, 128), 32, 1000, 1, (3e-3, 1e-2))
+LARGE = Size(64, 64, (32, 64, 128, 256, 512), 128, 2000, 4, (1e-3, 3e-3, 1e-2))
 
 
-def train(table: np.ndarray, mixer: str, options: Mapping[str, Any], size: Size) -> Fit:
+def train(task: Task, model: str, size: Size) -> Fit:
     """The fit of one model; its evaluations are named by the length of the rows."""
+    (mixer, options), table = task.models[model], task.table
     make = functools.partial(
         SmallModel,
         mixer,
@@ -107,7 +119,7 @@ def train(table: np.ndarray, mixer: str, options: Mapping[str, Any], size: Size)
         {str(length): draw(jax.random.key(1000 + length), 128, length, table) for length in size.lengths},
         learning_rates=size.learning_rates,
         seeds=size.seeds,
-        steps=size.steps,
+        steps=size.steps * task.difficulty,
         solved=0.999,
     )
 
@@ -115,20 +127,30 @@ def train(table: np.ndarray, mixer: str, options: Mapping[str, Any], size: Size)
 def main() -> None:
     FLAGS(sys.argv)
     size = LARGE if FULL.value else SMALL
-    rows, panels = [], {}
+    jobs = {
+        (name, model): functools.partial(train, task, model, size)
+        for name, task in TASKS.items()
+        for model in task.models
+    }
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}; trained on rows of {size.length}, accuracy on rows of"
     )
     print(f"{'':32}" + "".join(f"{length:>7}" for length in size.lengths) + "  steps     s")
-    for task, (table, models) in TASKS.items():
-        for model, (mixer, options) in models.items():
-            best = train(table, mixer, options, size)
-            panels.setdefault(task, {})[model] = {int(length): value for length, value in best.accuracy.items()}
-            rows.append({"task": task, "model": model, "mixer": mixer, "options": options, **best._asdict()})
-            cells = "".join(f"{value:>7.3f}" for value in best.accuracy.values())
-            print(f"{task + ': ' + model:32}{cells}{best.steps:>7}{best.seconds:>6.0f}", flush=True)
+    fits: dict[tuple[str, str], Fit] = {}
+    for (name, model), best in fit_all(jobs, WORKERS.value):
+        cells = "".join(f"{value:>7.3f}" for value in best.accuracy.values())
+        print(f"{name + ': ' + model:32}{cells}{best.steps:>7}{best.seconds:>6.0f}", flush=True)
+        fits[name, model] = best
+    rows: list[dict[str, Any]] = []
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for name, model in jobs:
+        mixer, options = TASKS[name].models[model]
+        best = fits[name, model]
+        rows.append({"task": name, "model": model, "mixer": mixer, "options": options, **best._asdict()})
+        line = {int(length): value for length, value in best.accuracy.items()}
+        panels.setdefault(name, {})[model] = line
     write_report(f"{OUTPUT.value}/state_tracking.json", "experiments.state_tracking", rows, size=size._asdict())
-    chances = {task: 1 / len(table) for task, (table, _) in TASKS.items()}
+    chances = {name: 1 / len(task.table) for name, task in TASKS.items()}
     plot_accuracy(f"{OUTPUT.value}/state_tracking.png", panels, x="tokens", chance=chances, marked=size.length)
     print(f"written: state_tracking.json, state_tracking.png in {OUTPUT.value}")
 

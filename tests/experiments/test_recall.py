@@ -68,7 +68,6 @@ def test_the_grid_runs(monkeypatch, tmp_path):
     assert [(row["mixer"], row["state_dim"], row["steps"]) for row in report["rows"]] == [
         ("attention", 4, 3),
         ("delta_net", 4, 3),
-        ("attention", 8, 3),
         ("delta_net", 8, 3),
     ]
     for row in report["rows"]:

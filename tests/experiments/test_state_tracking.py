@@ -47,7 +47,7 @@ def test_the_models_run(monkeypatch, tmp_path):
     state_tracking.main()
     report = json.loads((tmp_path / "state_tracking.json").read_text())
     assert [(row["task"], row["model"]) for row in report["rows"]] == [
-        (task, model) for task, (_, models) in TASKS.items() for model in models
+        (name, model) for name, task in TASKS.items() for model in task.models
     ]
     assert all(row["accuracy"].keys() == {"6", "12"} for row in report["rows"])
     assert (tmp_path / "state_tracking.png").stat().st_size > 1000
