@@ -55,6 +55,7 @@ def engine_cases(batch: int, length: int, heads: int, dim: int, dtype: Any = jnp
             "alpha": 0.1 * jax.nn.sigmoid(tokens(heads)),
         }
     )
+    levels = length.bit_length()
     square = float(batch * length * heads * dim * dim)  # tokens x heads x entries of a memory
     return {
         "scalar_decay": EngineCase(linear.scalar_decay, qkv | {"log_decay": gate(heads)}, 4 * square),
@@ -71,6 +72,29 @@ def engine_cases(batch: int, length: int, heads: int, dim: int, dtype: Any = jnp
             linear.diagonal_scan,
             cast({"x": tokens(channels)}) | {"log_decay": gate(channels)},
             2.0 * batch * length * channels,
+        ),
+        "log_linear_attention": EngineCase(
+            linear.log_linear_attention,
+            qkv | {"log_decay": gate(heads), "level_scales": jax.nn.softplus(tokens(heads, levels))},
+            (2 + 2 * levels) * square,
+        ),
+        "mamba3": EngineCase(
+            linear.mamba3,
+            qkv
+            | {
+                "log_decay": gate(heads),
+                "dt": jax.nn.softplus(tokens(heads) - 1),
+                "mix": jax.nn.sigmoid(tokens(heads)),
+                "angle": tokens(heads, dim // 4),
+            },
+            6 * square,
+        ),
+        "mesa": EngineCase(
+            linear.mesa,
+            qkv
+            | unit_qk
+            | {"beta": jax.nn.sigmoid(tokens(heads)), "log_decay": gate(heads), "ridge": jnp.ones((heads, dim))},
+            66 * square,
         ),
         "ttt_linear": EngineCase(linear.ttt_linear, inner | {"W": weights(dim, dim), "b": zeros(dim)}, 6 * square),
         "ttt_mlp": EngineCase(linear.ttt_mlp, inner | mlp, 48 * square),
