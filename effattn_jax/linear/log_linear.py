@@ -35,7 +35,7 @@ class LogLinearState(NamedTuple):
     """
 
     levels: Float[Array, "B H L K V"]  # float32
-    count: Int[Array, " B"]  # n, int32
+    seen: Int[Array, " B"]  # n, int32
 
 
 def log_linear_attention(
@@ -91,7 +91,7 @@ def log_linear_attention(
     levels = start_state(None if initial_state is None else initial_state.levels, shape, accumulate, q, k, v, log_decay)
     count = zeros_varying((batch,), jnp.int32, *(() if segment_ids is None else (segment_ids,)))
     if initial_state is not None:
-        count = count + initial_state.count.astype(jnp.int32)
+        count = count + initial_state.seen.astype(jnp.int32)
         levels = jnp.where(occupied(count, slots)[:, None, :, None, None], levels, 0)
     out, state = dispatch(
         "log_linear_attention",
@@ -115,9 +115,9 @@ def log_linear_attention(
 def _check_state(state: LogLinearState, shape: tuple[int, ...]) -> None:
     checks.check_shape("initial_state.levels", state.levels, shape, "[B, H, L, K, V]")
     checks.check_floating("initial_state.levels", state.levels)
-    checks.check_shape("initial_state.count", state.count, shape[:1], "[B]")
-    if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
-        checks.fail("initial_state.count", f"dtype {jnp.result_type(state.count)}", "an integer dtype")
+    checks.check_shape("initial_state.seen", state.seen, shape[:1], "[B]")
+    if not jnp.issubdtype(jnp.result_type(state.seen), jnp.integer):
+        checks.fail("initial_state.seen", f"dtype {jnp.result_type(state.seen)}", "an integer dtype")
 
 
 def _xla(
@@ -214,7 +214,7 @@ class _Chunks(NamedTuple):
     read: Float[Array, "B N C S L"]  # one-hot level at which a token reads each slot of the entering memory
     write: Float[Array, "B N C S"]  # one-hot slot of the leaving memory that a token goes to
     move: Float[Array, "B N S S"]  # one-hot slot of the leaving memory that each entering one goes to: [to, from]
-    count: Int[Array, " B"]
+    seen: Int[Array, " B"]  # tokens at the end
 
 
 def _chunk_levels(
@@ -275,7 +275,7 @@ def chunkwise(
     heads = (groups, v.shape[2] // groups)  # R heads of v share the keys of each of G groups
     aligned = fresh and segment_ids is None and length % chunk == 0 and chunk & (chunk - 1) == 0
     lowest = min(chunk.bit_length() - 1, slots - 1) if aligned else 0
-    count = initial_state.count[:1] * 0 if fresh and segment_ids is None else initial_state.count
+    count = initial_state.seen[:1] * 0 if fresh and segment_ids is None else initial_state.seen
     levels = _chunk_levels(length, chunk, slots, lowest, count, segment_ids, log_decay.dtype)
 
     if segment_ids is not None:
@@ -312,5 +312,5 @@ def chunkwise(
     out = out.reshape(*out.shape[:2], groups * heads[1], chunk, value_dim)
     state = state.reshape(batch, -1, slots - lowest, key_dim, value_dim)
     state = jnp.concatenate([initial_state.levels[:, :, :lowest], state], axis=2)
-    count = levels.count + jnp.zeros_like(initial_state.count)
+    count = levels.seen + jnp.zeros_like(initial_state.seen)
     return from_chunks(jnp.moveaxis(out, 3, 2), length), LogLinearState(state, count)

@@ -84,23 +84,26 @@ def mesa(
     if iterations < 1:
         checks.fail("iterations", iterations, "at least 1")
     accumulate = accumulation_dtype(q.dtype)
-    shapes = MesaState((batch, heads, key_dim, key_dim), (batch, heads, key_dim, v.shape[-1]))
-    given = MesaState(None, None) if initial_state is None else initial_state  # type: ignore[arg-type]
-    for name, part, shape in zip(MesaState._fields, given, shapes, strict=True):
+    start = {}
+    for name, width in (("h", key_dim), ("r", v.shape[-1])):
+        part, shape = getattr(initial_state, name, None), (batch, heads, key_dim, width)
         if part is not None:
             checks.check_shape(f"initial_state.{name}", part, shape, "[B, H, K, K or V]")
             checks.check_floating(f"initial_state.{name}", part)
-    h, r = (start_state(part, shape, accumulate, q, k, v, beta) for part, shape in zip(given, shapes, strict=True))
+        start[name] = start_state(part, shape, accumulate, q, k, v, beta)
+    queries, keys, values = (repeat_heads(x.astype(accumulate), heads) for x in (q, k, v))
     out, state = dispatch(
         "mesa",
         {"xla": _xla},
         implementation,
         ("xla",),
-        *(repeat_heads(x.astype(accumulate), heads) for x in (q, k, v)),
+        queries,
+        keys,
+        values,
         beta.astype(accumulate),
         log_decay.astype(accumulate),
         ridge.astype(accumulate) + zeros_varying(ridge.shape, accumulate, q, k, v, beta),
-        MesaState((h + jnp.swapaxes(h, -1, -2)) / 2, r),
+        MesaState((start["h"] + jnp.swapaxes(start["h"], -1, -2)) / 2, start["r"]),
         segment_ids,
         choose_form(form, length),
         iterations,

@@ -39,7 +39,7 @@ def test_golden(form):
     np.testing.assert_allclose(out[-1], [-0.462136, -0.355388, -0.120450], rtol=0, atol=5.1e-7)
     # all eight tokens are one block, that of the scalar decay
     np.testing.assert_allclose(state.levels.sum((0, 1, 3, 4)), [0, 0, 0, 0.297860], rtol=0, atol=5.1e-7)
-    assert state.count == [8]
+    assert state.seen == [8]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_whole_chunks_from_nothing_equal_the_recurrence(length):
     (_, want), want_grads = both("recurrent")
     (_, got), grads = both("chunkwise")
     assert_close((want, want_grads), (got, grads), FLOAT32)
-    assert [int(state.count[0]) for _, state in (want, got)] == [length, length]
+    assert [int(state.seen[0]) for _, state in (want, got)] == [length, length]
 
 
 def test_levels_are_the_highest_digit_that_differs():
@@ -159,7 +159,7 @@ def test_affine_maps_compose_to_one_pass():
 
 @pytest.mark.parametrize(
     ("field", "change"),
-    [("levels", lambda x: x[:, :, 1:]), ("count", lambda x: x[None]), ("count", lambda x: x.astype(np.float32))],
+    [("levels", lambda x: x[:, :, 1:]), ("seen", lambda x: x[None]), ("seen", lambda x: x.astype(np.float32))],
 )
 def test_bad_state(field, change):
     inputs = draw(5, 4)
