@@ -11,6 +11,6 @@ RECORDS = {
     "titans_mac": Record(TitansMAC, LINEAR | {"segment": 5}),
     "titans_mac_deep": Record(TitansMAC, TITANS | {"segment": 16, "persistent": 0, "rope_theta": None}, slow=True),
     "titans_mag": Record(TitansMAG, LINEAR | {"window": 5}),
-    "titans_mag_deep": Record(TitansMAG, TITANS | {"window": 1, "persistent": 0, "rope_theta": None}, slow=True),
+    "titans_mag_deep": Record(TitansMAG, TITANS | {"window": 2, "persistent": 0, "rope_theta": None}, slow=True),
     "titans_mal": Record(TitansMAL, LINEAR | {"window": 5}),
 }
