@@ -123,7 +123,7 @@ class MesaNet(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        y = self.norm(o).reshape(*x.shape[:2], -1)
+        y = self.norm(o).reshape(*x.shape[:2], self.heads * self.head_dim)
         if self.g_proj is not None:
             y = y * jax.nn.silu(self.g_proj(x).astype(jnp.float32))
         y = self.out_proj(y)

@@ -10,8 +10,9 @@ from flax import nnx
 
 from effattn_jax.layers import MIXERS
 from experiments import recall
-from experiments.recall import LARGE, SMALL, Recall, draw, options
+from experiments.recall import LARGE, SMALL, Recall, options
 
+draw = jax.jit(recall.draw, static_argnums=(1, 2, 3))
 TASK = Recall(length=48, keys=20, values=10)
 
 
@@ -59,6 +60,7 @@ def test_states_have_the_claimed_size(grid):
             assert numbers == state_dim * grid.dim * parts.get(mixer, 1) + normaliser, mixer
 
 
+@pytest.mark.slow
 def test_the_grid_runs(monkeypatch, tmp_path):
     tiny = SMALL._replace(task=TASK, pairs=(2, 4), state_dims=(4, 8), mixers=("attention", "delta_net"), dim=16, rows=4)
     monkeypatch.setattr(recall, "SMALL", tiny._replace(steps=3))

@@ -40,14 +40,16 @@ def test_answers_of_s3_are_where_three_things_end_up():
             np.testing.assert_array_equal(things, permutations[target])
 
 
+@pytest.mark.slow
 def test_the_models_run(monkeypatch, tmp_path):
     tiny = SMALL._replace(dim=8, length=6, lengths=(6, 12), rows=4, steps=2, seeds=1)
+    one = {"S3": TASKS["S3"]._replace(models={"DeltaProduct": TASKS["S3"].models["DeltaProduct 2, β < 2"]})}
+    monkeypatch.setattr(state_tracking, "TASKS", one)
     monkeypatch.setattr(state_tracking, "SMALL", tiny)
     monkeypatch.setattr("sys.argv", ["state_tracking", f"--output={tmp_path}"])
     state_tracking.main()
     report = json.loads((tmp_path / "state_tracking.json").read_text())
-    assert [(row["task"], row["model"]) for row in report["rows"]] == [
-        (name, model) for name, task in TASKS.items() for model in task.models
-    ]
-    assert all(row["accuracy"].keys() == {"6", "12"} for row in report["rows"])
+    (row,) = report["rows"]
+    assert (row["task"], row["model"], row["steps"]) == ("S3", "DeltaProduct", 6)
+    assert row["accuracy"].keys() == {"6", "12"}
     assert (tmp_path / "state_tracking.png").stat().st_size > 1000
