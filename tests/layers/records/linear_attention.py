@@ -15,7 +15,8 @@ RECORDS = {
     "linear_attention_taylor": _linear(feature_map="taylor", kv_heads=1),
     "linear_attention_hedgehog": _linear(feature_map="hedgehog", feature_dim=3, output_norm=True),
     "linear_attention_t2r": _linear(feature_map="t2r", tie_feature_map=True, normalise=False, scale=None),
-    "linear_attention_dpfp": _linear(feature_map="dpfp", nu=2),
+    # enough features that none of the tokens has only zeros
+    "linear_attention_dpfp": _linear(feature_map="dpfp", nu=6, heads=1, kv_heads=1),
     "linear_attention_rebased": _linear(feature_map="rebased"),
     "linear_attention_product": _linear(feature_map="elementwise_product", normalise=False, output_norm=True),
     "performer": Record(Performer, HEADS | {"features": 6}),
