@@ -59,7 +59,7 @@ def entering_states[M: AffineMap](maps: M, state: Array, *, associative: bool = 
     if associative:
         upto: M = jax.lax.associative_scan(lambda earlier, later: later.after(earlier), maps)
         left = jax.vmap(lambda one: one(state))(upto)
-        return jnp.concatenate([state[None], left[:-1]]), left[-1] if len(left) else state
+        return jnp.concatenate([state[None], left[:-1]])[: len(left)], left[-1] if len(left) else state
 
     def step(state: Array, chunk: M) -> tuple[Array, Array]:
         return chunk(state), state

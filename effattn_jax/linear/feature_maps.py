@@ -39,7 +39,7 @@ def taylor(x: Float[Array, "*batch K"]) -> Float[Array, "*batch F"]:
     The kernel is 1 + s + s^2 / 2 with s = q . k / sqrt(K), the second-order Taylor polynomial of e^s.
     """
     x = x * x.shape[-1] ** -0.25
-    pairs = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1)
+    pairs = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], x.shape[-1] ** 2)
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, pairs * 2**-0.5], axis=-1)
 
 
