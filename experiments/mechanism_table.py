@@ -47,10 +47,10 @@ def forms(engine: Callable[..., Any]) -> str:
     """Of an engine; a function without forms of its own has those of the engine it calls."""
     if engine in SOFTMAX:
         return "online softmax"
-    module = inspect.getmodule(engine)
-    if hasattr(module, "FORMS"):
-        return ", ".join(module.FORMS)
-    called = [name for name, f in engines().items() if f is not engine and f in vars(module).values()]
+    module = vars(inspect.getmodule(engine))
+    if "FORMS" in module:
+        return ", ".join(module["FORMS"])
+    called = [name for name, f in engines().items() if f is not engine and f in module.values()]
     return ", ".join(f"those of `{name}`" for name in called)
 
 
