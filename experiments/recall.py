@@ -101,14 +101,14 @@ SMALL = Grid(
     learning_rates=(3e-3, 1e-2),
 )
 LARGE = Grid(
-    task=Recall(length=256, keys=256, values=256),
-    pairs=(4, 8, 16, 32, 64),
+    task=Recall(length=128, keys=128, values=128),
+    pairs=(4, 8, 16, 32),
     state_dims=(8, 32),
-    mixers=("attention", "linear_attention", "gla", "mamba2", "delta_net", "gated_delta_net", "rwkv7", "mesa_net"),
+    mixers=("attention", "linear_attention", "gla", "mamba2", "delta_net", "gated_delta_net", "rwkv7"),
     dim=64,
     rows=64,
     steps=3000,
-    learning_rates=(1e-3, 3e-3, 1e-2),
+    learning_rates=(3e-3, 1e-2),
 )
 
 
