@@ -8,16 +8,16 @@ import pytest
 
 SHARED = {
     "test_forms_agree_over_strengths",
+    "test_default_form",
+    "test_bad_arguments",
     "test_forms_agree_on_packed_documents",
     "test_packed_documents_equal_separate_rows",
     "test_right_padding_changes_nothing",
     "test_no_gradient_reaches_later_tokens",
     "test_rows_and_heads_do_not_mix",
     "test_extreme_gates_stay_finite_in_packed_rows",
-    "test_default_form",
-    "test_bad_arguments",
-    "test_affine_maps_compose_to_one_pass",
 }
+ANY_FORM = {"test_forms_agree_over_strengths", "test_default_form", "test_bad_arguments"}
 ONE_FORM = {  # a program of their own: quickly for one form
     "test_bfloat16": "chunkwise",
     "test_splitting_equals_one_pass": "chunkwise",
@@ -54,11 +54,15 @@ def is_run(engine, form, test, parameters):
 
 
 def is_quick(engine, form, test, parameters):
-    if engine.variant or (form in engine.slow_forms and test not in SHARED):
+    if engine.name == WHOLE:
+        return form not in engine.slow_forms or test in ANY_FORM
+    if engine.variant or test not in SHARED | ONE_FORM.keys() | {"test_chunk_sizes"}:
         return False
-    if engine.name == WHOLE or test in SHARED:
-        return True
-    return ONE_FORM.get(test) == form or (test == "test_chunk_sizes" and parameters["chunk"] == 16)
+    if test == "test_chunk_sizes":
+        return parameters["chunk"] == 16
+    if test in ONE_FORM:
+        return ONE_FORM[test] == form
+    return test in ANY_FORM or form in ("recurrent", "chunkwise")
 
 
 @pytest.hookimpl(tryfirst=True)
