@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax import checks
-from effattn_jax.dispatch import Implementation, dispatch
-from effattn_jax.linear.affine import DiagonalMap
-from effattn_jax.linear.arguments import check_gate, check_state, choose_form, real_tokens, start_state
+from effattn_jax.dispatch import Implementation, dispatch, platform
+from effattn_jax.linear.affine import DiagonalMap, entering_states
+from effattn_jax.linear.arguments import FORMS, check_gate, check_state, choose_form, real_tokens, start_state
 from effattn_jax.linear.chunks import from_chunks, to_chunks
 from effattn_jax.linear.recurrence import recurrence
 from effattn_jax.linear.segments import document_starts
 from effattn_jax.precision import accumulation_dtype
 from effattn_jax.typing import Array, Float, SegmentIds
 
-FORMS = ("recurrent", "parallel", "chunkwise")
+__all__ = ["FORMS", "diagonal_scan", "diagonal_scan_map"]
 
 
 def diagonal_scan(
@@ -38,9 +38,10 @@ def diagonal_scan(
       initial_state: [B, D] (or [B, H, D]), the memory of the first document of each row; None means zeros.
       segment_ids: [B, T] documents of packed rows, never decreasing along a row; memory does not cross documents.
         Negative ids mark padding: such a token writes nothing, reads zero and lets the state pass.
-      form: "recurrent" (`lax.scan` over tokens), "parallel" (`lax.associative_scan` over the row), "chunkwise"
-        (`lax.associative_scan` inside chunks, a scan over chunks): algorithms for one answer. None takes the single
-        step for T = 1, else chunkwise.
+      form: "recurrent" (`lax.scan` over tokens), "parallel" (`lax.associative_scan` over the row), "associative"
+        (`lax.associative_scan` inside chunks, a scan over chunks), "chunkwise" (a scan over the tokens of all chunks
+        side by side, then one over chunks): algorithms for one answer. None takes the single step for T = 1, else
+        chunkwise on a CPU and associative elsewhere.
       implementation: where it runs, see `effattn_jax.dispatch`; "xla" is there.
 
     Returns:
@@ -68,7 +69,7 @@ def diagonal_scan(
         log_decay.astype(accumulate),
         start_state(initial_state, (batch, *channels), accumulate, x, log_decay),
         segment_ids,
-        choose_form(form, length),
+        choose_form(form or ("associative" if length > 1 and platform() != "cpu" else None), length),
     )
     return h.astype(x.dtype), state
 
@@ -76,9 +77,8 @@ def diagonal_scan(
 def _xla(x: Array, log_decay: Array, initial_state: Array, segment_ids: Array | None, form: str) -> tuple[Array, Array]:
     if form == "recurrent":
         return recurrent(x, log_decay, initial_state, segment_ids)
-    if form == "parallel":
-        return parallel(x, log_decay, initial_state, segment_ids)
-    return chunkwise(x, log_decay, initial_state, segment_ids)
+    algorithm = {"parallel": parallel, "associative": associative, "chunkwise": jax.checkpoint(chunkwise)}[form]
+    return algorithm(x, log_decay, initial_state, segment_ids)
 
 
 def diagonal_scan_map(
@@ -117,7 +117,30 @@ def parallel(
     segment_ids: SegmentIds | None,
 ) -> tuple[Float[Array, "B T ..."], Float[Array, "B ..."]]:
     """The whole row is one chunk."""
-    return chunkwise(x, log_decay, initial_state, segment_ids, chunk=max(1, x.shape[1]))
+    return associative(x, log_decay, initial_state, segment_ids, chunk=max(1, x.shape[1]))
+
+
+def associative(
+    x: Float[Array, "B T ..."],
+    log_decay: Float[Array, "B T ..."],
+    initial_state: Float[Array, "B ..."],
+    segment_ids: SegmentIds | None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T ..."], Float[Array, "B ..."]]:
+    """In a chunk that starts from h_0, the maps h -> e^{g} * h + x composed up to each token, applied to h_0.
+
+    The backward pass keeps the states between chunks and composes again.
+    """
+    maps = token_maps(x, log_decay, segment_ids, chunk)
+
+    def body(state: Array, tokens: DiagonalMap) -> tuple[Array, Array]:
+        upto: DiagonalMap = jax.lax.associative_scan(lambda earlier, later: later.after(earlier), tokens, axis=1)
+        h = upto(state[:, None])
+        return h[:, -1], h
+
+    by_chunk = jax.tree.map(lambda m: jnp.moveaxis(m, 1, 0), maps)
+    state, h = jax.lax.scan(jax.checkpoint(body), initial_state, by_chunk)
+    return real_tokens(from_chunks(jnp.moveaxis(h, 0, 1), x.shape[1]), segment_ids), state
 
 
 def chunkwise(
@@ -127,22 +150,31 @@ def chunkwise(
     segment_ids: SegmentIds | None,
     chunk: int = 64,
 ) -> tuple[Float[Array, "B T ..."], Float[Array, "B ..."]]:
-    """In a chunk that starts from h_0, the maps h -> e^{g} * h + x composed up to each token, applied to h_0.
+    """Two scans over the tokens of all chunks side by side: the first composes the maps of the chunks, which give the
+    states between them; the second starts from those."""
+    maps = token_maps(x, log_decay, segment_ids, chunk)
+    by_token = jax.tree.map(lambda m: jnp.moveaxis(m, 2, 0), maps)  # [C, B, N, ...]
+    nothing = DiagonalMap(jnp.ones_like(by_token.keep[0]), jnp.zeros_like(by_token.write[0]))
+    whole, _ = jax.lax.scan(lambda before, token: (token.after(before), None), nothing, by_token)
+    entering, state = entering_states(jax.tree.map(lambda m: jnp.moveaxis(m, 1, 0), whole), initial_state)
 
-    Their decays are products of numbers in [0, 1], not exponentials of sums: nothing overflows and nothing cancels. The
-    backward pass keeps the states between chunks and composes again.
+    def step(h: Array, token: DiagonalMap) -> tuple[Array, Array]:
+        h = token(h)
+        return h, h
+
+    _, h = jax.lax.scan(step, jnp.moveaxis(entering, 0, 1), by_token)
+    return real_tokens(from_chunks(jnp.moveaxis(h, 0, 2), x.shape[1]), segment_ids), state
+
+
+def token_maps(
+    x: Float[Array, "B T ..."], log_decay: Float[Array, "B T ..."], segment_ids: SegmentIds | None, chunk: int
+) -> DiagonalMap:
+    """h -> e^{g} * h + x of every token [B, N, C, ...]: the start of a document keeps nothing, padding everything.
+
+    Composed decays are products of numbers in [0, 1], not exponentials of sums: nothing overflows, nothing cancels.
     """
-    length = x.shape[1]
     x, decay = real_tokens(x, segment_ids), jnp.exp(real_tokens(log_decay, segment_ids))
     if segment_ids is not None:
         starts = document_starts(segment_ids)
         decay = jnp.where(starts.reshape(*starts.shape, *(1,) * (x.ndim - 2)), 0, decay)
-
-    def body(state: Array, tokens: DiagonalMap) -> tuple[Array, Array]:
-        upto: DiagonalMap = jax.lax.associative_scan(lambda earlier, later: later.after(earlier), tokens, axis=1)
-        h = upto(state[:, None])
-        return h[:, -1], h
-
-    maps = DiagonalMap(to_chunks(decay, chunk, fill=1), to_chunks(x, chunk))
-    state, h = jax.lax.scan(jax.checkpoint(body), initial_state, jax.tree.map(lambda m: jnp.moveaxis(m, 1, 0), maps))
-    return real_tokens(from_chunks(jnp.moveaxis(h, 0, 1), length), segment_ids), state
+    return DiagonalMap(to_chunks(decay, chunk, fill=1), to_chunks(x, chunk))
