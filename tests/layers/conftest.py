@@ -1,5 +1,6 @@
 """Which tests of a layer are run, and where."""
 
+import jax.numpy as jnp
 import pytest
 
 from tests.layers.catalogue import RECORDS
@@ -16,20 +17,20 @@ ONCE = {  # of a layer: another layout of it passes or fails with the first
 WHOLE = {"mamba2_groups", "attention_window_sinks", "gated_delta_net"}  # these go quickly through everything
 
 
-def is_quick(item, name):
-    """One check of each kind; lengths, splits and dtypes beyond it are slow."""
-    test, parameters = item.originalname, item.callspec.params
-    if test == "test_prefill_then_decoding_is_one_pass":
-        return parameters["length"] == 3
-    if test == "test_packed_row_in_pieces_is_one_pass":
-        return parameters["sizes"] == (4,) * 6
-    if test == "test_padding_at_either_end_leaves_the_state":
-        return parameters["packed"]
-    return test not in (
-        "test_bfloat16_follows_float32",
-        "test_gradient_is_the_slope",
-        "test_vmap_over_inputs_and_states",
-    )
+QUICK = {  # a check of each kind; what is not here is slow
+    "test_prefill_then_decoding_is_one_pass": {"length": 3},
+    "test_left_padding_then_decoding": {"padding": (7, 1)},
+    "test_shapes_and_dtypes": {"dtype": jnp.float32},
+    "test_packed_documents_are_separate_rows": {},
+    "test_no_gradient_to_the_future_or_another_document": {},
+    "test_tokens_without_ids_are_document_0": {},
+    "test_parameters_name_their_axes": {},
+}
+
+
+def is_quick(item):
+    wanted = QUICK.get(item.originalname)
+    return wanted is not None and all(item.callspec.params[name] == value for name, value in wanted.items())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(items):
         if isinstance(name, str) and name in RECORDS and item.path.parent.name == "layers":
             if RECORDS[name].slow and item.originalname in ONCE:
                 continue
-            if name not in WHOLE and not is_quick(item, name):
+            if name not in WHOLE and not is_quick(item):
                 item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.xdist_group(name))  # one process compiles its programs
         kept.append(item)
