@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from experiments.mechanism_table import inserted
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
@@ -25,3 +27,8 @@ def test_named_files_exist():
         assert (ROOT / path).exists(), path
     for module in re.findall(r"python -m experiments\.(\w+)", TEXT):
         assert (ROOT / "experiments" / f"{module}.py").exists()
+
+
+def test_tables_are_those_of_the_code():
+    """`python -m experiments.mechanism_table --write` makes them anew."""
+    assert inserted(TEXT) == TEXT
