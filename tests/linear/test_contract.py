@@ -356,8 +356,6 @@ def test_chunkwise_memory_is_linear_in_length(engine):
 
 @every_engine
 def test_recurrent_keeps_no_state_per_token(engine):
-    if engine.output_is_state:
-        pytest.skip("the states are the output")
     length = 1024
     problem = draw_problem(engine, Sizes(1, 32, 32, batch=1, heads=(2, 2, 2)))
     state = sum(x.nbytes for x in jax.tree.leaves(problem.initial_state))
