@@ -30,7 +30,7 @@ setup: .venv/.installed  ## make .venv with everything in it
 quickstart: setup  ## train a small hybrid on the Python library's source, on CPU, in minutes
 	@$(RUN) -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: setup  ## run the tests, in a quarter of an hour
+test: setup  ## run the quick tests
 	@$(RUN) -m pytest $(PYTEST_ARGS) -m "not slow"
 
 test-slow: setup  ## run the long tests that `make test` leaves out
