@@ -37,7 +37,10 @@ def changed(**fields):
             {"model__pattern": ("mamba9",)},
             "pattern: got 'mamba9'; needs a name under mixers, or of a mixer: attention, ",
         ),
-        ({"model__mixers__local__kind": "atention"}, "mixer: got 'atention'; needs one of attention, mamba2"),
+        (
+            {"model__mixers__local__kind": "atention"},
+            "mixer: got 'atention'; needs one of attention, causal_convolution, ",
+        ),
         ({"model__pattern": ()}, "pattern: got"),
         ({"data__batch_size": 7, "train__microbatches": 2}, "batch_size: got 7; needs a multiple of 16"),
         ({"mesh__tensor": 3}, "mesh: got"),
