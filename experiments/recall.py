@@ -108,7 +108,7 @@ LARGE = Grid(
     dim=64,
     rows=64,
     steps=3000,
-    learning_rates=(3e-3, 1e-2),
+    learning_rates=(1e-3, 3e-3, 1e-2),
 )
 
 

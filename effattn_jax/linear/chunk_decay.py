@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from effattn_jax.linear.chunks import to_chunks
 from effattn_jax.linear.decay import decay_sum, pairwise_decay
-from effattn_jax.linear.pair_scores import pair_scores, vector_decay_sums
+from effattn_jax.linear.pair_scores import all_pair_scores, vector_decay_sums
 from effattn_jax.linear.segments import chunk_masks
 from effattn_jax.precision import contract
 from effattn_jax.typing import Array, Float, SegmentIds
@@ -82,9 +82,9 @@ def _vector(gates: Float[Array, "B N H C K"]) -> tuple[Scores, Array, Array]:
     sums = vector_decay_sums(gates)
 
     def scores(keys: Sequence[Array], after: Sequence[Array], before: Sequence[Array] = ()) -> list[list[Array]]:
-        reads = jnp.stack([*after, *map(_up, before)])
-        pairs = pair_scores(reads[:, None], jnp.stack(keys)[None], sums, _lower(gates))
-        return [list(row) for row in pairs[: len(after)]] + [list(_down(row)) for row in pairs[len(after) :]]
+        reads = [*after, *map(_up, before)]
+        pairs = all_pair_scores(reads, keys, sums, _lower(gates))
+        return pairs[: len(after)] + [[_down(xy) for xy in row] for row in pairs[len(after) :]]
 
     return scores, sums.from_start, sums.to_end
 

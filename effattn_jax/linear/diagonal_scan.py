@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch, platform
-from effattn_jax.linear.affine import DiagonalMap, entering_states
+from effattn_jax.linear.affine import DiagonalMap
 from effattn_jax.linear.arguments import FORMS, check_gate, check_state, choose_form, real_tokens, start_state
 from effattn_jax.linear.chunks import from_chunks, to_chunks
 from effattn_jax.linear.recurrence import recurrence
@@ -39,8 +39,8 @@ def diagonal_scan(
       segment_ids: [B, T] documents of packed rows, never decreasing along a row; memory does not cross documents.
         Negative ids mark padding: such a token writes nothing, reads zero and lets the state pass.
       form: "recurrent" (`lax.scan` over tokens), "parallel" (`lax.associative_scan` over the row), "associative"
-        (`lax.associative_scan` inside chunks, a scan over chunks), "chunkwise" (a scan over the tokens of all chunks
-        side by side, then one over chunks): algorithms for one answer. None takes the single step for T = 1, else
+        (`lax.associative_scan` inside chunks, a scan over chunks), "chunkwise" (loops over the tokens of all chunks
+        side by side, a scan over chunks): algorithms for one answer. None takes the single step for T = 1, else
         chunkwise on a CPU and associative elsewhere.
       implementation: where it runs, see `effattn_jax.dispatch`; "xla" is there.
 
@@ -77,7 +77,7 @@ def diagonal_scan(
 def _xla(x: Array, log_decay: Array, initial_state: Array, segment_ids: Array | None, form: str) -> tuple[Array, Array]:
     if form == "recurrent":
         return recurrent(x, log_decay, initial_state, segment_ids)
-    algorithm = {"parallel": parallel, "associative": associative, "chunkwise": jax.checkpoint(chunkwise)}[form]
+    algorithm = {"parallel": parallel, "associative": associative, "chunkwise": chunkwise}[form]
     return algorithm(x, log_decay, initial_state, segment_ids)
 
 
@@ -150,20 +150,69 @@ def chunkwise(
     segment_ids: SegmentIds | None,
     chunk: int = 64,
 ) -> tuple[Float[Array, "B T ..."], Float[Array, "B ..."]]:
-    """Two scans over the tokens of all chunks side by side: the first composes the maps of the chunks, which give the
-    states between them; the second starts from those."""
-    maps = token_maps(x, log_decay, segment_ids, chunk)
-    by_token = jax.tree.map(lambda m: jnp.moveaxis(m, 2, 0), maps)  # [C, B, N, ...]
-    nothing = DiagonalMap(jnp.ones_like(by_token.keep[0]), jnp.zeros_like(by_token.write[0]))
-    whole, _ = jax.lax.scan(lambda before, token: (token.after(before), None), nothing, by_token)
-    entering, state = entering_states(jax.tree.map(lambda m: jnp.moveaxis(m, 1, 0), whole), initial_state)
+    """Two loops over the tokens of all chunks side by side: the first composes the maps of the chunks, which give the
+    states between them; the second starts from those. The backward pass is the same from the last token to the first.
+    """
+    h, state = _chunks(token_maps(x, log_decay, segment_ids, chunk), initial_state)
+    return real_tokens(from_chunks(h, x.shape[1]), segment_ids), state
 
-    def step(h: Array, token: DiagonalMap) -> tuple[Array, Array]:
-        h = token(h)
-        return h, h
 
-    _, h = jax.lax.scan(step, jnp.moveaxis(entering, 0, 1), by_token)
-    return real_tokens(from_chunks(jnp.moveaxis(h, 0, 2), x.shape[1]), segment_ids), state
+@jax.custom_vjp
+def _chunks(
+    maps: DiagonalMap, initial_state: Float[Array, "B ..."]
+) -> tuple[Float[Array, "B N C ..."], Float[Array, "B ..."]]:
+    return _side_by_side(maps, initial_state)
+
+
+def _side_by_side(
+    maps: DiagonalMap, initial_state: Float[Array, "B ..."], *, reverse: bool = False
+) -> tuple[Float[Array, "B N C ..."], Float[Array, "B ..."]]:
+    """The memory after every token, and the last one; from the last token to the first where `reverse`."""
+    length = maps.keep.shape[2]
+
+    def token(i: Array) -> tuple[Array, DiagonalMap]:
+        i = length - 1 - i if reverse else i
+        return i, jax.tree.map(lambda m: jax.lax.dynamic_index_in_dim(m, i, 2, keepdims=False), maps)
+
+    nothing = DiagonalMap(jnp.ones_like(maps.keep[:, :, 0]), jnp.zeros_like(maps.write[:, :, 0]))
+    whole = jax.lax.fori_loop(0, length, lambda i, before: token(i)[1].after(before), nothing)
+
+    def between(state: Array, chunk: DiagonalMap) -> tuple[Array, Array]:
+        return chunk(state), state
+
+    by_chunk = jax.tree.map(lambda m: jnp.moveaxis(m, 1, 0), whole)
+    state, entering = jax.lax.scan(between, initial_state, by_chunk, reverse=reverse)
+
+    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        h, out = carry
+        i, here = token(i)
+        h = here(h)
+        return h, jax.lax.dynamic_update_index_in_dim(out, h, i, 2)
+
+    start = (jnp.moveaxis(entering, 0, 1), jnp.zeros_like(maps.write))
+    return jax.lax.fori_loop(0, length, step, start)[1], state
+
+
+def _forward(maps: DiagonalMap, initial_state: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    h, state = _chunks(maps, initial_state)
+    return (h, state), (maps.keep, h, initial_state)
+
+
+def _backward(kept: tuple[Array, Array, Array], cotangents: tuple[Array, Array]) -> tuple[DiagonalMap, Array]:
+    """With l_t = dh_t + e^{g_{t+1}} l_{t+1}: what token t wrote gets l_t, its decay l_t h_{t-1}."""
+    keep, h, initial_state = kept
+    dh, d_state = cotangents
+    flat = lambda m: m.reshape(m.shape[0], -1, *m.shape[3:])  # noqa: E731
+    later = jnp.concatenate([flat(keep)[:, 1:], jnp.ones_like(initial_state)[:, None]], 1)
+    before = jnp.concatenate([initial_state[:, None], flat(h)[:, :-1]], 1)
+    if not h.size:
+        return DiagonalMap(keep, h), d_state
+    d_write, _ = _side_by_side(DiagonalMap(later.reshape(keep.shape), dh), d_state, reverse=True)
+    d_initial = flat(keep)[:, 0] * flat(d_write)[:, 0]
+    return DiagonalMap(d_write * before.reshape(h.shape), d_write), d_initial
+
+
+_chunks.defvjp(_forward, _backward)
 
 
 def token_maps(

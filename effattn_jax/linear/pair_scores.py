@@ -13,6 +13,7 @@ differences of large numbers: e^{-s} s is small whatever s, so float32 sums are 
 gradient of a gate is a sum over the pairs around it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -86,28 +87,48 @@ def pair_scores(
 
     The products are taken in the dtype of x and y. The backward pass recomputes the exponentials level by level.
     """
-    size = x.shape[-2]
     if before:  # before the decay of i is after that of i - 1: read there, and move the rows down
         x = jnp.concatenate([x[..., 1:, :], jnp.zeros_like(x[..., :1, :])], -2)
-    x, y = _fill(x), _fill(y)
-    scores = contract("...ik,...ik->...i", x, y)[..., None, None]  # of blocks of one token: no decay
-    for to_middle, from_middle in zip(sums.to_middle, sums.from_middle, strict=True):
-        (_, x_right), (y_left, _) = (_halves(_blocks(side, to_middle.shape[-2])) for side in (x, y))
-        across = _across_middle(x_right, y_left, to_middle, from_middle)
-        left, right = _halves(scores)
-        left = jnp.concatenate([left, jnp.zeros_like(left)], -1)
-        scores = jnp.concatenate([left, jnp.concatenate([across, right], -1)], -2)
-    scores = scores[..., 0, :size, :size]
+    [[scores]] = all_pair_scores([x], [y], sums, jnp.ones((), bool))
     if before:
         scores = jnp.concatenate([jnp.zeros_like(scores[..., :1, :]), scores[..., :-1, :]], -2)
     return jnp.where(mask, scores, 0)
 
 
+def all_pair_scores(
+    xs: Sequence[Float[Array, "... C K"]],
+    ys: Sequence[Float[Array, "... C K"]],
+    sums: VectorDecaySums,
+    mask: Bool[Array, "... C C"],
+) -> list[list[Float[Array, "... C C"]]]:
+    """Of each x (rows) with each y: all share the exponentials."""
+    size = xs[0].shape[-2]
+    xs, ys = [_fill(x) for x in xs], [_fill(y) for y in ys]
+    # Of blocks of one token: no decay.
+    scores = [[contract("...ik,...ik->...i", x, y)[..., None, None] for y in ys] for x in xs]
+    for to_middle, from_middle in zip(sums.to_middle, sums.from_middle, strict=True):
+        half = to_middle.shape[-2]
+        right, left = [_halves(_blocks(x, half))[1] for x in xs], [_halves(_blocks(y, half))[0] for y in ys]
+        across = _across_middle(right, left, to_middle, from_middle)
+        scores = jax.tree.map(_merge, scores, across)
+    return jax.tree.map(lambda xy: jnp.where(mask, xy[..., 0, :size, :size], 0), scores)
+
+
 @jax.checkpoint
-def _across_middle(x: Array, y: Array, to_middle: Array, from_middle: Array) -> Float[Array, "... n h h"]:
+def _across_middle(
+    xs: Sequence[Array], ys: Sequence[Array], to_middle: Array, from_middle: Array
+) -> list[list[Float[Array, "... n h h"]]]:
     """Scores of the right half with the left one."""
-    x, y = (x * jnp.exp(from_middle)).astype(x.dtype), (y * jnp.exp(to_middle)).astype(y.dtype)
-    return contract("...nik,...njk->...nij", x, y)
+    xs = [(x * jnp.exp(from_middle)).astype(x.dtype) for x in xs]
+    ys = [(y * jnp.exp(to_middle)).astype(y.dtype) for y in ys]
+    return [[contract("...nik,...njk->...nij", x, y) for y in ys] for x in xs]
+
+
+def _merge(scores: Float[Array, "... 2n h h"], across: Float[Array, "... n h h"]) -> Float[Array, "... n 2h 2h"]:
+    """The scores of two halves, and of the right one with the left one, are those of a block."""
+    left, right = _halves(scores)
+    above = jnp.concatenate([left, jnp.zeros_like(left)], -1)
+    return jnp.concatenate([above, jnp.concatenate([across, right], -1)], -2)
 
 
 def _fill(x: Float[Array, "... C K"]) -> Array:

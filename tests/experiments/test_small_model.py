@@ -22,6 +22,7 @@ def train(conv_width, **options):
     return fit(make, previous_token, tests, **{"warmup": 10, "every": 50} | options)
 
 
+@pytest.mark.slow
 def test_a_solved_task_ends_the_run_and_the_best_model_is_reported():
     """A learning rate of nothing leaves the other one as the best."""
     found = train(2, learning_rates=(1e-9, 1e-2), seeds=2, steps=1000)

@@ -17,7 +17,7 @@ SHARED = {
     "test_rows_and_heads_do_not_mix",
     "test_extreme_gates_stay_finite_in_packed_rows",
 }
-ANY_FORM = {"test_forms_agree_over_strengths", "test_default_form", "test_bad_arguments"}
+ANY_FORM = {"test_forms_agree_over_strengths", "test_default_form", "test_bad_arguments"}  # of scalar decay
 ONE_FORM = {  # a program of their own: quickly for one form
     "test_bfloat16": "chunkwise",
     "test_splitting_equals_one_pass": "chunkwise",
@@ -58,13 +58,11 @@ def is_run(engine, form, test, parameters):
 def is_quick(engine, form, test, parameters):
     if engine.name == WHOLE:
         return form not in engine.slow_forms or test in ANY_FORM
-    if engine.variant or test not in SHARED | ONE_FORM.keys() | {"test_chunk_sizes"}:
+    if engine.variant or test not in SHARED | ONE_FORM.keys():
         return False
-    if test == "test_chunk_sizes":
-        return parameters["chunk"] == 16
     if test in ONE_FORM:
         return ONE_FORM[test] == form
-    return test in ANY_FORM or form in ("recurrent", "chunkwise")
+    return test == "test_bad_arguments" or form in ("recurrent", "chunkwise")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -153,6 +153,7 @@ def test_scale(form):
     assert_close((3.0 * K**0.5 * default, state), got, FLOAT32)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_for_beta_zero_one_two_under_strong_gates():
     q, k, v, _, _, start = draw("vector")
     for strength in (0.0, 1.0, 2.0):

@@ -42,7 +42,9 @@ def value_and_gradients(x, y, g, weights):
     return [(scores(x, y, g, b), jax.grad(loss, (0, 1, 2))(x, y, g, before=b)) for b in (False, True)]
 
 
-@pytest.mark.parametrize("size", [1, 4, 23, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "size", [1, pytest.param(4, marks=pytest.mark.slow), 23, pytest.param(64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_scores_and_gradients(size, strength):
     arguments = draw(size, strength)

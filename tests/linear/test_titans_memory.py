@@ -180,8 +180,8 @@ def test_one_chunk_is_one_shot(form):
         assert_close((M, S), ([w[0, 0] for w in state.memory], [w[0, 0] for w in state.momentum]), 1e-12)
 
 
-@pytest.mark.parametrize("form", ["chunkwise", "associative"])
-@pytest.mark.parametrize("chunk", [1, 2, 4])
+@pytest.mark.parametrize("form", ["chunkwise", pytest.param("associative", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 def test_chunks_of_any_size(form, chunk):
     with jax.enable_x64(True):
         arguments = (*_draw(), _weights(6, 8, 5))
@@ -191,7 +191,7 @@ def test_chunks_of_any_size(form, chunk):
 
 
 @every_form
-@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_gates_of_exactly_0_and_1(form, chunk):
     """Values and gradients, against the equation."""
     with jax.enable_x64(True):

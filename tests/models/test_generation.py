@@ -47,7 +47,9 @@ def test_greedy_is_repeated_full_passes():
     assert len({row.tobytes() for row in greedy()}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 16])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(16, marks=pytest.mark.slow)]
+)
 def test_prefill_in_chunks(chunk):
     """Rows whose first chunks are padding only, in part, or not at all."""
     got = generate(hybrid(), PROMPTS, max_new_tokens=STEPS, sampling=GREEDY, prefill_chunk=chunk)

@@ -54,7 +54,7 @@ def out_and_gradients(function, arrays, weights):
     return jax.tree.map(np.asarray, (out, gradients))
 
 
-@pytest.mark.parametrize("strength", ["weak", "strong", "heavy"])
+@pytest.mark.parametrize("strength", [pytest.param("weak", marks=pytest.mark.slow), "strong", "heavy"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 def test_is_the_matrix_with_its_gradients(strength, packed):
     length = 300
@@ -118,7 +118,10 @@ def test_constant_gates_are_alibi():
     assert_close(want, run(q, k, v, np.broadcast_to(-slopes, (2, 300, 4))), FLOAT32)
 
 
-@pytest.mark.parametrize("sizes", [(1,) * 12 + (288,), (130, 1, 169), (299, 1)], ids=str)
+SPLITS = [(1,) * 12 + (288,), *(pytest.param(x, marks=pytest.mark.slow) for x in [(130, 1, 169), (299, 1)])]
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 def test_any_split_is_one_pass(sizes, packed):
     q, k, v = qkv(300)
