@@ -1,0 +1,69 @@
+"""Which Pallas kernels a call can run on."""
+
+from typing import Any
+
+import jax
+
+from effattn_jax.dispatch import platform
+
+
+def implementations_here() -> tuple[str, ...]:
+    """What `implementation=None` tries, in this order.
+
+    Kernels that never ran on their chip are not among them; nor are any where XLA would have to partition the call,
+    which it cannot: on several devices outside of `shard_map`.
+    """
+    alone = jax.device_count() == 1 or _is_manual()
+    return ("mosaic_gpu", "xla") if platform() == "gpu" and alone else ("xla",)
+
+
+def _is_manual() -> bool:
+    """Whether this is inside a `shard_map` over all axes of the mesh."""
+    axes = jax.sharding.get_abstract_mesh().axis_types
+    return bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes)
+
+
+def refuse_varying(*arrays: Any) -> None:
+    """Mosaic GPU does not follow which axes of the mesh a value varies over.
+
+    Raises:
+      NotImplementedError: inside a `shard_map` that checks it.
+    """
+    axes = {axis for x in arrays if x is not None for axis in jax.typeof(x).manual_axis_type.varying}
+    if axes:
+        raise NotImplementedError(f"values vary over the mesh axes {sorted(axes)}; needs shard_map(check_vma=False)")
+
+
+def hopper_or_interpreter() -> Any:
+    """Whether a Mosaic GPU kernel is interpreted: on a CPU, where only a call that names the kernel asks for it.
+
+    Raises:
+      NotImplementedError: a GPU that is not of the Hopper generation, or a TPU.
+    """
+    here = platform()
+    if here == "cpu":
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        return plgpu.InterpretGPUParams()
+    if here != "gpu":
+        raise NotImplementedError(f"a kernel for GPUs; this is a {here}")
+    capability = getattr(jax.local_devices()[0], "compute_capability", "unknown")
+    if capability != "9.0":
+        raise NotImplementedError(f"needs a Hopper GPU (compute capability 9.0); this one has {capability}")
+    return False
+
+
+def tpu_or_interpreter() -> Any:
+    """The same for a Mosaic TPU kernel.
+
+    Raises:
+      NotImplementedError: a GPU.
+    """
+    here = platform()
+    if here == "cpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        return pltpu.InterpretParams()
+    if here != "tpu":
+        raise NotImplementedError(f"a kernel for TPUs; this is a {here}")
+    return False

@@ -1,0 +1,96 @@
+"""Do the TPU kernels compile, and what do they take? Ahead of time for four generations, on a machine without any.
+
+    pip install "libtpu==0.0.48.*"        # the version that jax[tpu] asks for
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m experiments.tpu_compile [mechanism ...]
+
+prints, per mechanism, shape, chip and pass (the backward one with the forward one before it): seconds to compile, the
+VMEM of the largest kernel (for tpu7x what is reserved, not what is used), HBM of the arguments, the outputs and what is
+temporary. It says nothing of speed or of numbers: tests/pallas_kernels runs the kernels in interpret mode.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from pallas_kernels.mosaic_tpu.scalar_decay import scalar_decay
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+SHAPES = {  # B, T, H, heads of q and k, K, V, dtype
+    "H16 D128": (4, 8192, 16, 16, 128, 128, jnp.bfloat16),
+    "H32 D64": (4, 8192, 32, 32, 64, 64, jnp.bfloat16),
+    "H16/2 D128": (4, 8192, 16, 2, 128, 128, jnp.bfloat16),
+    "H8 D256": (4, 8192, 8, 8, 256, 256, jnp.bfloat16),
+    "H8 D256 f32": (1, 8192, 8, 8, 256, 256, jnp.float32),
+    "ragged": (1, 8000, 4, 4, 100, 50, jnp.bfloat16),
+}
+MECHANISMS: dict[str, Callable[..., Any]] = {"scalar_decay": scalar_decay}
+
+
+def arguments(shape: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
+    """q, k, v, log_decay, initial_state and segment_ids."""
+    batch, length, heads, key_heads, key_dim, value_dim, dtype = shape
+    keys = jax.ShapeDtypeStruct((batch, length, key_heads, key_dim), dtype)
+    values = jax.ShapeDtypeStruct((batch, length, heads, value_dim), dtype)
+    gates = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    return [keys, keys, values, gates, state, ids]
+
+
+def forward_and_backward(kernel: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    def forward(*inputs: jax.Array) -> Any:
+        return kernel(*inputs, scale=0.1)
+
+    def backward(*inputs: jax.Array) -> Any:
+        (out, state), pull = jax.vjp(forward, *inputs[:-1], inputs[-1])
+        return out, state, pull((out, state))[:-1]
+
+    return {"forward": forward, "backward": backward}
+
+
+def vmem(program: str) -> int:
+    """Bytes of the largest scoped allocation of the kernels of a compiled program."""
+    kernels = "".join(line for line in program.splitlines() if "tpu_custom_call" in line)
+    return max(map(int, re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', kernels)), default=0)
+
+
+def main(names: list[str]) -> int:
+    failures = 0
+    for mechanism in names or list(MECHANISMS):
+        kernel = MECHANISMS[mechanism]
+        for label, shape in SHAPES.items():
+            for chip, topology in TOPOLOGIES.items():
+                devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+                mesh = Mesh(devices[:1], ("data",))
+                for name, function in forward_and_backward(kernel).items():
+                    began = time.perf_counter()
+                    traced = jax.jit(function, in_shardings=NamedSharding(mesh, PartitionSpec()))
+                    try:
+                        with use_abstract_mesh(mesh.abstract_mesh):
+                            compiled = traced.lower(*arguments(shape)).compile()
+                    except Exception as error:
+                        failures += 1
+                        print(f"{mechanism} {label:12s} {chip:5s} {name:8s} FAILED {str(error)[:300]}", flush=True)
+                        continue
+                    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+                    assert memory is not None
+                    sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+                    hbm = " ".join(f"{size / 2**20:7.1f}" for size in sizes)
+                    scoped = vmem(compiled.as_text() or "") / 2**20
+                    print(
+                        f"{mechanism} {label:12s} {chip:5s} {name:8s} {seconds:5.1f} s  VMEM {scoped:5.2f} MiB  "
+                        f"HBM arguments, outputs, temporary {hbm} MiB",
+                        flush=True,
+                    )
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]) > 0)
