@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 CONFIG ?= configs/quickstart.py
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
-.PHONY: help setup quickstart test test-slow lint format bench clean
+.PHONY: help setup quickstart test test-slow tpu-compile lint format bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,15 @@ test: setup  ## run the quick tests
 
 test-slow: setup  ## run the long tests that `make test` leaves out
 	@$(RUN) -m pytest $(PYTEST_ARGS) -m slow
+
+# Beside the packages of .venv, not among them: JAX would look for a TPU wherever libtpu is importable.
+.venv/libtpu/.installed: .venv/.installed
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/libtpu "libtpu==0.0.48.1"
+	@touch $@
+
+tpu-compile: setup .venv/libtpu/.installed  ## compile the TPU kernels for four generations, on a machine without any
+	@JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_LIBRARY_PATH=$(CURDIR)/.venv/libtpu/libtpu/libtpu.so \
+		$(RUN) -m experiments.tpu_compile
 
 lint: setup  ## ruff and mypy
 	@$(RUN) -m ruff check .
