@@ -1,7 +1,8 @@
 """Do the TPU kernels compile, and what do they take? Ahead of time for four generations, on a machine without any.
 
-    pip install "libtpu==0.0.48.*"        # the version that jax[tpu] asks for
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m experiments.tpu_compile [mechanism ...]
+    make tpu-compile        # brings libtpu, which is then not importable: JAX would look for a TPU
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_LIBRARY_PATH=.venv/libtpu/libtpu/libtpu.so \
+        python -m experiments.tpu_compile [mechanism ...]
 
 prints, per mechanism, shape, chip and pass (the backward one with the forward one before it): seconds to compile, the
 VMEM of the largest kernel (for tpu7x what is reserved, not what is used), HBM of the arguments, the outputs and what is
@@ -19,7 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from effattn_jax.sparse.splash import splash
 from pallas_kernels.mosaic_tpu.scalar_decay import scalar_decay
+from pallas_kernels.mosaic_tpu.vector_decay import vector_decay
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = {  # B, T, H, heads of q and k, K, V, dtype
@@ -30,15 +33,29 @@ SHAPES = {  # B, T, H, heads of q and k, K, V, dtype
     "H8 D256 f32": (1, 8192, 8, 8, 256, 256, jnp.float32),
     "ragged": (1, 8000, 4, 4, 100, 50, jnp.bfloat16),
 }
-MECHANISMS: dict[str, Callable[..., Any]] = {"scalar_decay": scalar_decay}
+MECHANISMS: dict[str, Callable[..., Any]] = {
+    "scalar_decay": scalar_decay,
+    "vector_decay": vector_decay,
+    "vector_decay_bonus": lambda *inputs, scale: vector_decay(*inputs, bonus=inputs[3][0, 0], scale=scale),
+    "attention": lambda q, k, v, g, state, ids, scale: windowed(q, k, v, ids, None, scale),
+    "attention_window": lambda q, k, v, g, state, ids, scale: windowed(q, k, v, ids, 1024, scale),
+}
 
 
-def arguments(shape: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
+def windowed(q: Any, k: Any, v: Any, ids: Any, window: int | None, scale: float) -> Any:
+    """Causal softmax attention of packed rows."""
+    options: dict[str, Any] = {"offset": 0, "causal": True, "sinks": None, "logits_soft_cap": None, "return_lse": False}
+    return splash(q, k, v, window=window, query_segments=ids, key_segments=ids, scale=scale, interpret=False, **options)
+
+
+def arguments(mechanism: str, shape: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
     """q, k, v, log_decay, initial_state and segment_ids."""
     batch, length, heads, key_heads, key_dim, value_dim, dtype = shape
     keys = jax.ShapeDtypeStruct((batch, length, key_heads, key_dim), dtype)
-    values = jax.ShapeDtypeStruct((batch, length, heads, value_dim), dtype)
-    gates = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
+    value_heads = key_heads if mechanism.startswith("attention") else heads
+    values = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), dtype)
+    channels = (key_dim,) if mechanism.startswith("vector") else ()
+    gates = jax.ShapeDtypeStruct((batch, length, heads, *channels), jnp.float32)
     state = jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     return [keys, keys, values, gates, state, ids]
@@ -74,7 +91,7 @@ def main(names: list[str]) -> int:
                     traced = jax.jit(function, in_shardings=NamedSharding(mesh, PartitionSpec()))
                     try:
                         with use_abstract_mesh(mesh.abstract_mesh):
-                            compiled = traced.lower(*arguments(shape)).compile()
+                            compiled = traced.lower(*arguments(mechanism, shape)).compile()
                     except Exception as error:
                         failures += 1
                         print(f"{mechanism} {label:12s} {chip:5s} {name:8s} FAILED {str(error)[:300]}", flush=True)

@@ -18,6 +18,7 @@ from effattn_jax.dispatch import Implementation, dispatch
 from effattn_jax.linear.affine import DiagonalMap, diagonal_map, entering_states
 from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
 from effattn_jax.linear.chunks import from_chunks, to_chunks
+from effattn_jax.linear.kernels import tpu_or_interpreter
 from effattn_jax.linear.pair_scores import pair_scores, vector_decay_sums
 from effattn_jax.linear.recurrence import recurrence
 from effattn_jax.linear.segments import chunk_masks
@@ -60,7 +61,9 @@ def vector_decay(
       form: "recurrent" (`lax.scan` over tokens), "parallel" (quadratic in T), "chunkwise" (matrix products over chunks,
         a scan over chunks), "associative" (the same, chunks combined by `lax.associative_scan`): algorithms for one
         answer. None takes the single step for T = 1, else chunkwise.
-      implementation: where it runs, see `effattn_jax.dispatch`; "xla" is there.
+      implementation: where it runs, see `effattn_jax.dispatch`: "xla", or by name "mosaic_tpu" (bfloat16 or float32, K
+        and V up to 256, chunkwise, differentiable once; interpreted and compiled so far, not yet run on a TPU). A
+        kernel named on a CPU is interpreted, which is slow and meant for tests.
 
     Returns:
       out [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32 (float64 for float64 inputs).
@@ -79,7 +82,7 @@ def vector_decay(
     accumulate = accumulation_dtype(q.dtype)
     out, state = dispatch(
         "vector_decay",
-        {"xla": _xla},
+        {"xla": _xla, "mosaic_tpu": _mosaic_tpu},
         implementation,
         ("xla",),
         q,
@@ -90,12 +93,47 @@ def vector_decay(
         start_state(initial_state, (batch, heads, key_dim, v.shape[-1]), accumulate, q, k, v, log_decay),
         segment_ids,
         choose_form(form, length),
+        key_dim**-0.5 if scale is None else scale,
     )
-    out = out * (key_dim**-0.5 if scale is None else scale)
     return out.astype(q.dtype), state
 
 
+def _mosaic_tpu(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    segment_ids: Array | None,
+    form: str,
+    scale: float,
+) -> tuple[Array, Array]:
+    if form != "chunkwise":
+        raise NotImplementedError(f"form {form!r}; needs 'chunkwise'")
+    interpret = tpu_or_interpreter()
+    from pallas_kernels.mosaic_tpu.vector_decay import vector_decay as kernel
+
+    log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], *initial_state.shape[1:3]))
+    return kernel(q, k, v, log_decay, initial_state, segment_ids, bonus=bonus, scale=scale, interpret=interpret)
+
+
 def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    segment_ids: Array | None,
+    form: str,
+    scale: float,
+) -> tuple[Array, Array]:
+    out, state = _xla_unscaled(q, k, v, log_decay, bonus, initial_state, segment_ids, form)
+    return out * scale, state
+
+
+def _xla_unscaled(
     q: Array,
     k: Array,
     v: Array,
