@@ -32,6 +32,7 @@ def test_a_solved_task_ends_the_run_and_the_best_model_is_reported():
     assert found.steps < 1000
 
 
+@pytest.mark.slow
 def test_steps_are_a_limit():
     found = train(2, learning_rates=(1e-9,), steps=7)
     assert found.steps == 7
