@@ -161,7 +161,7 @@ def main() -> None:
     bandwidth = 4.25e12 if "H200" in device else 2.9e12
     with open(PEERS) as file:
         peers = {(r["name"], *(r[x] for x in "BTHD")): r for r in json.load(file)["rows"]}
-    print(f"{device}, jax {jax.__version__}, bfloat16; ms, spread, share of the floor")
+    print(f"{device}, jax {jax.__version__}, bfloat16; times and floors in ms")
     print(
         f"{'op':30}{'B,T,H,D':>16}{'':12}{'forward':>9}{'floor':>7}{'peer':>7}{'+backward':>11}{'floor':>7}{'peer':>7}",
         end="",

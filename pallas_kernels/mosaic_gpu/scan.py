@@ -21,8 +21,9 @@ What was tried, B4 T8192 H16 K = V = 128, bfloat16, jax 0.11.2, milliseconds:
   0.412          on an H200: the products with the state in flight while the decays are made, the new state stored while
                  the last one runs
 The later ones keep more accumulators at once, and ptxas has 168 registers a thread for all three warpgroups: it spills
-up to 470 bytes. Loading x and the other states at the start of a chunk, to hide their way from memory, spills too
-(0.43 and 0.52 for the scans of dk and dq, against 0.34 with late loads on an H200).
+up to 316 bytes. With x and the other states loaded at the start of a chunk, to hide their way from memory, the scans of
+dk and dq took 0.43 and 0.52 on an H100; with x alone loaded late, and no states kept or read, 0.34 on an H200. Today's
+scans, all loads late, were timed only within the whole backward pass, before rows could be cut into parts.
 """
 
 from typing import Any, NamedTuple
