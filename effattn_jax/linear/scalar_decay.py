@@ -63,7 +63,8 @@ def scalar_decay(
       implementation: where it runs, see `effattn_jax.dispatch`: "xla", "mosaic_gpu" (Hopper; bfloat16 or float16, K and
         V up to 128) or "mosaic_tpu" (bfloat16 or float32, K and V up to 256; interpreted and compiled so far, not yet
         run on a TPU). The kernels are chunkwise and differentiable once. None takes "mosaic_gpu" on one GPU that
-        supports the call, or inside shard_map(check_vma=False), else "xla". A kernel named on a CPU is interpreted, which is slow and meant for tests.
+        supports the call, or inside shard_map(check_vma=False), else "xla". A kernel named on a CPU is interpreted,
+        which is slow and meant for tests.
 
     Returns:
       out [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32 (float64 for float64 inputs).
