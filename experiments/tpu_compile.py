@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from effattn_jax.sparse.splash import splash
 from pallas_kernels.mosaic_tpu.scalar_decay import scalar_decay
+from pallas_kernels.mosaic_tpu.step import step
 from pallas_kernels.mosaic_tpu.vector_decay import vector_decay
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -37,6 +38,9 @@ MECHANISMS: dict[str, Callable[..., Any]] = {
     "scalar_decay": scalar_decay,
     "vector_decay": vector_decay,
     "vector_decay_bonus": lambda *inputs, scale: vector_decay(*inputs, bonus=inputs[3][0, 0], scale=scale),
+    "scalar_decay_step": step,
+    "vector_decay_step": step,
+    "vector_decay_bonus_step": lambda *inputs, scale: step(*inputs, bonus=inputs[3][0, 0], scale=scale),
     "attention": lambda q, k, v, g, state, ids, scale: windowed(q, k, v, ids, None, scale),
     "attention_window": lambda q, k, v, g, state, ids, scale: windowed(q, k, v, ids, 1024, scale),
 }
@@ -51,6 +55,7 @@ def windowed(q: Any, k: Any, v: Any, ids: Any, window: int | None, scale: float)
 def arguments(mechanism: str, shape: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
     """q, k, v, log_decay, initial_state and segment_ids."""
     batch, length, heads, key_heads, key_dim, value_dim, dtype = shape
+    length = 1 if mechanism.endswith("step") else length
     keys = jax.ShapeDtypeStruct((batch, length, key_heads, key_dim), dtype)
     value_heads = key_heads if mechanism.startswith("attention") else heads
     values = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), dtype)
@@ -83,6 +88,8 @@ def main(names: list[str]) -> int:
     for mechanism in names or list(MECHANISMS):
         kernel = MECHANISMS[mechanism]
         for label, shape in SHAPES.items():
+            if mechanism.endswith("step") and label == "ragged":  # refused: its state would have to be filled up
+                continue
             for chip, topology in TOPOLOGIES.items():
                 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
                 mesh = Mesh(devices[:1], ("data",))

@@ -1,5 +1,6 @@
 """Which Pallas kernels a call can run on."""
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -7,20 +8,31 @@ import jax
 from effattn_jax.dispatch import platform
 
 
-def implementations_here() -> tuple[str, ...]:
-    """What `implementation=None` tries, in this order.
+def implementations_here(form: str) -> tuple[str, ...]:
+    """What `implementation=None` tries for this form, in this order.
 
     Kernels that never ran on their chip are not among them; nor are any where XLA would have to partition the call,
-    which it cannot: on several devices outside of `shard_map`.
+    which it cannot: on several devices outside of `shard_map`; nor the step of one token, which XLA makes as fast.
     """
     alone = jax.device_count() == 1 or _is_manual()
-    return ("mosaic_gpu", "xla") if platform() == "gpu" and alone else ("xla",)
+    return ("mosaic_gpu", "xla") if form == "chunkwise" and platform() == "gpu" and alone else ("xla",)
 
 
 def _is_manual() -> bool:
     """Whether this is inside a `shard_map` over all axes of the mesh."""
     axes = jax.sharding.get_abstract_mesh().axis_types
     return bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes)
+
+
+def takes_step(form: str, length: int) -> bool:
+    """Whether the kernel for one token serves this call, else the chunkwise one.
+
+    Raises:
+      NotImplementedError: neither does.
+    """
+    if form not in ("chunkwise", "recurrent") or (form == "recurrent" and length != 1):
+        raise NotImplementedError(f"form {form!r}; needs 'chunkwise', or one token")
+    return form == "recurrent"
 
 
 def refuse_varying(*arrays: Any) -> None:
@@ -67,3 +79,17 @@ def tpu_or_interpreter() -> Any:
     if here != "tpu":
         raise NotImplementedError(f"a kernel for TPUs; this is a {here}")
     return False
+
+
+def refuse_without_triton() -> None:
+    """Triton's kernels run on the GPUs of NVIDIA and AMD; `jax_triton` calls them, which is an extra.
+
+    Raises:
+      NotImplementedError: no GPU, or one of the packages is missing.
+    """
+    here = platform()
+    if here != "gpu":
+        raise NotImplementedError(f"a kernel for GPUs; this is a {here}")
+    missing = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotImplementedError(f"no {', '.join(missing)} here; needs `pip install 'effattn_jax[triton]'`")

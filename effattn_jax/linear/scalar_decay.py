@@ -21,6 +21,8 @@ from effattn_jax.linear.kernels import (
     hopper_or_interpreter,
     implementations_here,
     refuse_varying,
+    refuse_without_triton,
+    takes_step,
     tpu_or_interpreter,
 )
 from effattn_jax.linear.recurrence import recurrence
@@ -62,9 +64,12 @@ def scalar_decay(
         answer. None takes the single step for T = 1, else chunkwise.
       implementation: where it runs, see `effattn_jax.dispatch`: "xla", "mosaic_gpu" (Hopper; bfloat16 or float16, K and
         V up to 128) or "mosaic_tpu" (bfloat16 or float32, K and V up to 256; interpreted and compiled so far, not yet
-        run on a TPU). The kernels are chunkwise and differentiable once. None takes "mosaic_gpu" on one GPU that
-        supports the call, or inside shard_map(check_vma=False), else "xla". A kernel named on a CPU is interpreted,
-        which is slow and meant for tests.
+        run on a TPU). The kernels are chunkwise, or for one token a step (K and V multiples of 64 up to 256, every
+        dtype of theirs and float32); differentiable once. None takes "mosaic_gpu" for chunks on one GPU that supports
+        the call, or inside shard_map(check_vma=False), else "xla". A kernel named on a CPU is interpreted, which is
+        slow and meant for tests. "triton" names kernels for GPUs of NVIDIA and AMD that need the extra
+        `effattn_jax[triton]` (bfloat16, float16 or float32, K and V up to 256); they do not run on a CPU, and None
+        never takes them.
 
     Returns:
       out [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32 (float64 for float64 inputs).
@@ -79,19 +84,19 @@ def scalar_decay(
     if log_decay is None:
         log_decay = jnp.zeros((heads,), accumulation_dtype(q.dtype))
     check_gate("log_decay", log_decay, ((heads,), "[H]"), ((batch, length, heads), "[B, T, H]"))
-    accumulate = accumulation_dtype(q.dtype)
+    accumulate, form = accumulation_dtype(q.dtype), choose_form(form, length)
     out, state = dispatch(
         "scalar_decay",
-        {"xla": _xla, "mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu},
+        {"xla": _xla, "mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu, "triton": _triton},
         implementation,
-        implementations_here(),
+        implementations_here(form),
         q,
         k,
         v,
         log_decay.astype(accumulate),
         start_state(initial_state, (batch, heads, key_dim, v.shape[-1]), accumulate, q, k, v, log_decay),
         segment_ids,
-        choose_form(form, length),
+        form,
         key_dim**-0.5 if scale is None else scale,
     )
     return out.astype(q.dtype), state
@@ -107,12 +112,13 @@ def _mosaic_gpu(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    if form != "chunkwise":
-        raise NotImplementedError(f"form {form!r}; needs 'chunkwise'")
+    one_token = takes_step(form, q.shape[1])
     refuse_varying(q, k, v, log_decay, initial_state, segment_ids)
     interpret = hopper_or_interpreter()
-    from pallas_kernels.mosaic_gpu.scalar_decay import scalar_decay as kernel
+    from pallas_kernels.mosaic_gpu.scalar_decay import scalar_decay as chunkwise_kernel
+    from pallas_kernels.mosaic_gpu.step import step
 
+    kernel = step if one_token else chunkwise_kernel
     log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], initial_state.shape[1]))
     return kernel(q, k, v, log_decay, initial_state, segment_ids, scale=scale, interpret=interpret)
 
@@ -127,13 +133,33 @@ def _mosaic_tpu(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    if form != "chunkwise":
-        raise NotImplementedError(f"form {form!r}; needs 'chunkwise'")
+    one_token = takes_step(form, q.shape[1])
     interpret = tpu_or_interpreter()
-    from pallas_kernels.mosaic_tpu.scalar_decay import scalar_decay as kernel
+    from pallas_kernels.mosaic_tpu.scalar_decay import scalar_decay as chunkwise_kernel
+    from pallas_kernels.mosaic_tpu.step import step
 
+    kernel = step if one_token else chunkwise_kernel
     log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], initial_state.shape[1]))
     return kernel(q, k, v, log_decay, initial_state, segment_ids, scale=scale, interpret=interpret)
+
+
+def _triton(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    initial_state: Array,
+    segment_ids: Array | None,
+    form: str,
+    scale: float,
+) -> tuple[Array, Array]:
+    takes_step(form, q.shape[1])  # one token is a short chunk
+    refuse_varying(q, k, v, log_decay, initial_state, segment_ids)
+    refuse_without_triton()
+    from pallas_kernels.triton.scalar_decay import scalar_decay as kernel
+
+    log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], initial_state.shape[1]))
+    return kernel(q, k, v, log_decay, initial_state, segment_ids, scale=scale)
 
 
 def _xla(

@@ -18,7 +18,13 @@ from effattn_jax.dispatch import Implementation, dispatch
 from effattn_jax.linear.affine import DiagonalMap, diagonal_map, entering_states
 from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
 from effattn_jax.linear.chunks import from_chunks, to_chunks
-from effattn_jax.linear.kernels import tpu_or_interpreter
+from effattn_jax.linear.kernels import (
+    hopper_or_interpreter,
+    implementations_here,
+    refuse_varying,
+    takes_step,
+    tpu_or_interpreter,
+)
 from effattn_jax.linear.pair_scores import pair_scores, vector_decay_sums
 from effattn_jax.linear.recurrence import recurrence
 from effattn_jax.linear.segments import chunk_masks
@@ -61,9 +67,12 @@ def vector_decay(
       form: "recurrent" (`lax.scan` over tokens), "parallel" (quadratic in T), "chunkwise" (matrix products over chunks,
         a scan over chunks), "associative" (the same, chunks combined by `lax.associative_scan`): algorithms for one
         answer. None takes the single step for T = 1, else chunkwise.
-      implementation: where it runs, see `effattn_jax.dispatch`: "xla", or by name "mosaic_tpu" (bfloat16 or float32, K
-        and V up to 256, chunkwise, differentiable once; interpreted and compiled so far, not yet run on a TPU). A
-        kernel named on a CPU is interpreted, which is slow and meant for tests.
+      implementation: where it runs, see `effattn_jax.dispatch`: "xla", "mosaic_gpu" (Hopper; bfloat16 or float16, K and
+        V up to 256) or "mosaic_tpu" (bfloat16 or float32, K and V up to 256; interpreted and compiled so far, not yet
+        run on a TPU). The kernels are chunkwise, or for one token a step (K and V multiples of 64 up to 256, every
+        dtype of theirs and float32); differentiable once. None takes "mosaic_gpu" for chunks on one GPU that supports
+        the call, or inside shard_map(check_vma=False), else "xla". A kernel named on a CPU is interpreted, which is
+        slow and meant for tests.
 
     Returns:
       out [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32 (float64 for float64 inputs).
@@ -79,12 +88,12 @@ def vector_decay(
     check_gate("log_decay", log_decay, per_head, ((batch, length, heads, key_dim), "[B, T, H, K]"))
     if bonus is not None:
         check_gate("bonus", bonus, per_head)
-    accumulate = accumulation_dtype(q.dtype)
+    accumulate, form = accumulation_dtype(q.dtype), choose_form(form, length)
     out, state = dispatch(
         "vector_decay",
-        {"xla": _xla, "mosaic_tpu": _mosaic_tpu},
+        {"xla": _xla, "mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu},
         implementation,
-        ("xla",),
+        implementations_here(form),
         q,
         k,
         v,
@@ -92,10 +101,32 @@ def vector_decay(
         None if bonus is None else bonus.astype(accumulate),
         start_state(initial_state, (batch, heads, key_dim, v.shape[-1]), accumulate, q, k, v, log_decay),
         segment_ids,
-        choose_form(form, length),
+        form,
         key_dim**-0.5 if scale is None else scale,
     )
     return out.astype(q.dtype), state
+
+
+def _mosaic_gpu(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    segment_ids: Array | None,
+    form: str,
+    scale: float,
+) -> tuple[Array, Array]:
+    one_token = takes_step(form, q.shape[1])
+    refuse_varying(q, k, v, log_decay, bonus, initial_state, segment_ids)
+    interpret = hopper_or_interpreter()
+    from pallas_kernels.mosaic_gpu.step import step
+    from pallas_kernels.mosaic_gpu.vector_decay import vector_decay as chunkwise_kernel
+
+    kernel = step if one_token else chunkwise_kernel
+    log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], *initial_state.shape[1:3]))
+    return kernel(q, k, v, log_decay, initial_state, segment_ids, bonus=bonus, scale=scale, interpret=interpret)
 
 
 def _mosaic_tpu(
@@ -109,11 +140,12 @@ def _mosaic_tpu(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    if form != "chunkwise":
-        raise NotImplementedError(f"form {form!r}; needs 'chunkwise'")
+    one_token = takes_step(form, q.shape[1])
     interpret = tpu_or_interpreter()
-    from pallas_kernels.mosaic_tpu.vector_decay import vector_decay as kernel
+    from pallas_kernels.mosaic_tpu.step import step
+    from pallas_kernels.mosaic_tpu.vector_decay import vector_decay as chunkwise_kernel
 
+    kernel = step if one_token else chunkwise_kernel
     log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], *initial_state.shape[1:3]))
     return kernel(q, k, v, log_decay, initial_state, segment_ids, bonus=bonus, scale=scale, interpret=interpret)
 

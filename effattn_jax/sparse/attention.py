@@ -13,6 +13,7 @@ from effattn_jax.dispatch import Implementation, dispatch
 from effattn_jax.sparse.cudnn import cudnn
 from effattn_jax.sparse.dense import dense
 from effattn_jax.sparse.flash import flash
+from effattn_jax.sparse.mosaic import mosaic_gpu
 from effattn_jax.sparse.splash import splash
 from effattn_jax.typing import Array, Float, Int, Queries
 
@@ -23,6 +24,7 @@ LogSumExp = Float[Array, "B T H"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array | None]]] = {
     "cudnn": cudnn,
+    "mosaic_gpu": mosaic_gpu,
     "mosaic_tpu": splash,
     "xla": flash,
     "dense": dense,
@@ -99,9 +101,10 @@ def attention(
       scale: factor on the logits; None means K**-0.5.
       logits_soft_cap: c, s <- c tanh(s / c) after the scale and before the mask. None is no cap.
       implementation: where it runs, see `effattn_jax.dispatch`. "cudnn" (NVIDIA GPUs, 16-bit floats, no sinks, cap,
-        documents or log-sum-exp), "mosaic_tpu" (JAX's Splash kernels, without log-sum-exp; interpreted on a CPU, and by
-        name only until it has run on a TPU), "xla" (memory linear in T, cost linear in the window), "dense" (quadratic
-        oracle).
+        documents or log-sum-exp), "mosaic_gpu" (our kernels for Hopper GPUs, 16-bit floats, up to 256 channels a head;
+        interpreted on a CPU, and by name only), "mosaic_tpu" (JAX's Splash kernels, without log-sum-exp; interpreted
+        on a CPU, and by name only until it has run on a TPU), "xla" (memory linear in T, cost linear in the window),
+        "dense" (quadratic oracle).
       return_lse: return the logarithm of the denominator too.
 
     Returns:

@@ -1,0 +1,309 @@
+"""Softmax attention on Hopper GPUs, the forward pass: tiles of keys with a running maximum.
+
+    o_i = sum_j e^{s_ij} v_j / (e^z + sum_j e^{s_ij})        L_i = ln(e^z + sum_j e^{s_ij})
+
+Floors at B4 T8192 H16 K = V = 128, causal: q, k, v and o once are 0.54 GB, 0.13 ms at the 4.25 TB/s of an H200; the two
+products are 1.1 TFLOP, 1.39 ms at 790 TFLOP/s. So the tensor cores must never wait for the exponentials, of which there
+are half as many cycles.
+
+Schedule. A block of threads has 128 queries of one head; of the keys it visits only the tiles its queries may read.
+  memory warpgroup   TMA copies: q once, then k and v tile by tile, `stages` deep, each slot freed by its last product.
+  two warpgroups     64 queries each, everything else in registers: o [64, V], the scores of a tile, the maximum and the
+                     sum per row. The weights go to their product with v as the operand in registers.
+Both orders of work keep the tensor cores busy with one warpgroup while the other makes exponentials:
+  overlap            the scores of tile n are issued together with the weights of tile n - 1 times v; the maximum and
+                     the exponentials of tile n run under the second product. The warpgroups issue in turns.
+  otherwise          scores, exponentials, product with v, one after the other; the warpgroups are half a tile apart.
+Masks are made only for tiles on an edge of the band or of a document. Exponents are to base 2, ln 2 folded into the
+scale; m stays scaled, so that an exponent is one fused multiply-add. Blocks with the longest rows start first.
+
+What was tried: see the table of `attention.TILES`.
+
+Dao et al. 2022, arXiv:2205.14135; Shah et al. 2024, arXiv:2407.08608 (warpgroups in turns, overlap within one).
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu.attention_mask import WGMMA, Band, in_documents, key_tiles, mask
+
+ROWS = 64  # queries of a warpgroup
+BLOCK = 2 * ROWS
+LOWEST = -1e30  # a finite maximum of nothing: e^{-inf - m} is 0
+LOG2E = math.log2(math.e)
+
+
+class Tiles(NamedTuple):
+    keys: int  # of a tile
+    stages: int = 2  # tiles in flight
+    overlap: bool = True  # see above
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    query_ids: jax.Array | None,
+    key_ids: jax.Array | None,
+    *,
+    band: Band,
+    scale: float,
+    cap: float | None,
+    tiles: Tiles,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Out [B, T, H, D] in q's dtype, and log2(e) L [B, H, T] in float32; 0 and -inf in a row that may read no key.
+
+    Args:
+      q: [B, T, H, D], k, v: [B, M, G, D]; T is a multiple of 128, M of `tiles.keys`, D of 64.
+      sinks: [B, H], float32. query_ids: [B, T], key_ids: [B, M]: documents; other padding on either side.
+      interpret: of `pallas_call`; then products take their left side from shared memory, one at a time.
+    """
+    batch, length, heads, dim = q.shape
+    groups, tile = k.shape[2], tiles.keys
+    blocks, stages, dtype = length // BLOCK, min(tiles.stages, k.shape[1] // tile), q.dtype
+    rate = LOG2E * (scale if cap is None else cap)
+    spans = None
+    if query_ids is not None and key_ids is not None:
+        starts = BLOCK * jnp.arange(blocks, dtype=jnp.int32)
+        cut = lambda ids, size: ids.reshape(batch, -1, size)  # noqa: E731
+        spans = in_documents(key_tiles(band, starts, BLOCK, tile), cut(query_ids, BLOCK), cut(key_ids, tile))
+    column = lambda x, shape: lax.broadcast_in_dim(x, shape, [0])  # noqa: E731
+    rows_of = lambda x, value: plgpu.layout_cast(jnp.full(x, value, jnp.float32), WGMMA.reduce(1))  # noqa: E731
+
+    def attention_forward(
+        q_ref: Any,
+        k_ref: Any,
+        v_ref: Any,
+        sinks_ref: Any,
+        query_ids_ref: Any,
+        key_ids_ref: Any,
+        spans_ref: Any,
+        out_ref: Any,
+        lse_ref: Any,
+        *,
+        q_s: Any,
+        k_s: Any,
+        v_s: Any,
+        ids_s: Any,
+        weights_s: Any,
+        q_ready: Any,
+        k_ready: Any,
+        v_ready: Any,
+        k_free: Any,
+        v_free: Any,
+        turn: Any,
+    ) -> None:
+        row, head, wg = (lax.axis_index(name) for name in ("row", "head", "wg"))
+        block = blocks - 1 - lax.axis_index("block")
+        if spans_ref is None:
+            low, full_low, full_high, high = key_tiles(band, block * BLOCK, BLOCK, tile)
+        else:
+            low, full_low, full_high, high = (spans_ref[row, block, i] for i in range(4))
+        slot_of = lambda n: lax.rem(n - low, jnp.int32(stages))  # noqa: E731
+
+        @pl.when(wg == 2)
+        def _load() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+            group = lax.div(head, jnp.int32(heads // groups))
+            plgpu.copy_gmem_to_smem(q_ref.at[row, pl.ds(block * BLOCK, BLOCK), head], q_s, q_ready)
+
+            def load(n: jax.Array, _: None) -> None:
+                slot, keys = slot_of(n), pl.ds(n * tile, tile)
+                pl.when(n - low >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                plgpu.copy_gmem_to_smem(k_ref.at[row, keys, group], k_s.at[slot], k_ready.at[slot])
+                if ids_s is not None:
+                    plgpu.copy_gmem_to_smem(key_ids_ref.at[row, keys], ids_s.at[slot], k_ready.at[slot])
+                pl.when(n - low >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+                plgpu.copy_gmem_to_smem(v_ref.at[row, keys, group], v_s.at[slot], v_ready.at[slot])
+
+            def drain(n: jax.Array, _: None) -> None:
+                plgpu.barrier_wait(k_free.at[slot_of(n)])
+                plgpu.barrier_wait(v_free.at[slot_of(n)])
+
+            lax.fori_loop(low, high, load, None)
+            lax.fori_loop(jnp.maximum(high - stages, low), high, drain, None)
+
+        @pl.when(wg < 2)
+        def _compute() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            mine, first = pl.ds(wg * ROWS, ROWS), block * BLOCK + wg * ROWS
+            here = (row, pl.ds(first, ROWS))
+            ids = None
+            if query_ids_ref is not None:
+                ids = plgpu.load(query_ids_ref.at[here], layout=WGMMA.reduce(1), optimized=False)
+
+            def softmax(
+                s: jax.Array, n: Any, top: jax.Array, total: jax.Array, masked: bool
+            ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+                """Weights of tile n; the new maximum and sum; what the old sums shrink by. Frees the slot of k."""
+                if cap is not None:
+                    s = jnp.tanh(s * (scale / cap))
+                if masked:
+                    pair = None
+                    if ids is not None:
+                        theirs = plgpu.load(ids_s.at[slot_of(n)], layout=WGMMA.reduce(0), optimized=False)
+                        pair = ids, theirs
+                    visible = mask(band, (ROWS, tile), first, n * tile, tile, pair)
+                    s = s if visible is None else jnp.where(visible, s, -jnp.inf)
+                plgpu.barrier_arrive(k_free.at[slot_of(n)])
+                new_top = jnp.maximum(top, jnp.max(s, axis=1) * rate)
+                weights = jnp.exp2(s * rate - column(new_top, s.shape))
+                shrink = jnp.exp2(top - new_top)
+                return weights, new_top, total * shrink + jnp.sum(weights, axis=1), shrink
+
+            def scores(n: Any, under: Any = lambda: None) -> jax.Array:
+                def run(acc: Any) -> jax.Array:
+                    plgpu.wgmma(acc, q_s.at[mine], k_s.at[slot_of(n)].T)
+                    under()
+                    return acc[...]
+
+                return pl.run_scoped(run, plgpu.ACC((ROWS, tile), jnp.float32))
+
+            def add(acc: jax.Array, weights: jax.Array, n: Any) -> jax.Array:
+                """acc + weights v, of tile n; frees its slot of v."""
+                plgpu.barrier_wait(v_ready.at[slot_of(n)])
+                if interpret:
+                    weights_s[mine, :] = weights
+                    plgpu.commit_smem()
+
+                    def run(part: Any) -> jax.Array:
+                        plgpu.wgmma(part, weights_s.at[mine], v_s.at[slot_of(n)])
+                        return part[...]
+
+                    acc = acc + pl.run_scoped(run, plgpu.ACC((ROWS, dim), jnp.float32))
+                else:
+                    product = lambda ref: plgpu.wgmma(ref, weights, v_s.at[slot_of(n)])  # noqa: E731
+                    acc = pl.run_state(product)(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(v_free.at[slot_of(n)])
+                return acc
+
+            def meet() -> None:
+                plgpu.barrier_arrive(turn.at[0])
+                plgpu.barrier_wait(turn.at[0])
+
+            def one_by_one(n: Any, carry: Any, masked: bool) -> Any:
+                acc, top, total = carry
+                plgpu.barrier_wait(k_ready.at[slot_of(n)])
+                s = scores(n, meet)
+                weights, top, total, shrink = softmax(s, n, top, total, masked)
+                acc = acc * column(shrink, acc.shape)
+                acc, weights, top, total = lax.optimization_barrier((acc, weights.astype(dtype), top, total))
+                meet()
+                return add(acc, weights, n), top, total
+
+            def await_keys(n: Any) -> None:
+                pl.when(n < high)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(n)]))
+
+            def overlapped(n: Any, carry: Any, masked: bool) -> Any:
+                acc, weights, top, total = carry
+                before = n - 1
+                new: Any
+                if interpret:
+                    plgpu.barrier_wait(k_ready.at[slot_of(n)])
+                    s = scores(n)
+                    new = softmax(s, n, top, total, masked)
+                    acc = add(acc, weights, before)
+                else:
+
+                    def products(refs: Any) -> None:
+                        s_ref, acc_ref, *state = refs
+                        plgpu.barrier_wait(turn.at[wg])
+                        plgpu.wgmma(s_ref, q_s.at[mine], k_s.at[slot_of(n)].T)
+                        plgpu.barrier_wait(v_ready.at[slot_of(before)])
+                        plgpu.wgmma(acc_ref, weights, v_s.at[slot_of(before)])
+                        plgpu.barrier_arrive(turn.at[1 - wg])
+                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                        for ref, x in zip(state, softmax(s, n, top, total, masked), strict=True):
+                            ref[...] = x
+                        # here, for it is a branch: without one ptxas waits for the product before the exponentials
+                        await_keys(n + 1)
+
+                    zeros = plgpu.layout_cast(jnp.zeros((ROWS, tile), jnp.float32), WGMMA)
+                    _, acc, *new = pl.run_state(products)(
+                        (plgpu.ACC.init(zeros), plgpu.ACC.init(acc), zeros, top, total, top)
+                    )
+                    plgpu.barrier_arrive(v_free.at[slot_of(before)])
+                weights, top, total, shrink = new
+                # 16 bits only now: registers that a product in flight reads must not be written
+                acc, weights, shrink = lax.optimization_barrier((acc, weights, shrink))
+                return acc * column(shrink, acc.shape), weights.astype(dtype), top, total
+
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
+            top, total = rows_of(ROWS, LOWEST), rows_of(ROWS, 0)
+            if sinks_ref is not None:
+                z = rows_of(ROWS, sinks_ref[row, head] * LOG2E)
+                top, total = jnp.maximum(z, LOWEST), jnp.where(z > LOWEST, 1.0, 0.0)
+            plgpu.barrier_wait(q_ready)
+            carry: Any = (acc, top, total)
+            step, start = one_by_one, low
+            if tiles.overlap:
+                plgpu.barrier_wait(k_ready.at[slot_of(low)])
+                weights, top, total, _ = softmax(scores(low), low, top, total, True)
+                carry, step, start = (acc, weights.astype(dtype), top, total), overlapped, low + 1
+                if not interpret:
+                    await_keys(low + 1)
+                    pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            else:
+                pl.when(wg == 1)(meet)
+            begin = jnp.maximum(full_low, start)
+            end = jnp.maximum(full_high, begin)
+            if band.most is not None or ids is not None:
+                carry = lax.fori_loop(start, begin, functools.partial(step, masked=True), carry)
+            carry = lax.fori_loop(begin, end, functools.partial(step, masked=False), carry)
+            if band.most is not None or band.least is not None or band.keys % tile or ids is not None:
+                carry = lax.fori_loop(end, high, functools.partial(step, masked=True), carry)
+            if tiles.overlap:
+                acc, weights, top, total = carry
+                if not interpret:
+                    pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+                acc = add(acc, weights, high - 1)
+            else:
+                acc, top, total = carry
+                pl.when(wg == 0)(meet)
+
+            # l = 0 where no key was read: o = 0 and L = -inf; q has been read
+            inverse = jnp.where(total > 0, 1 / total, 0)
+            q_s[mine, :] = (acc * column(inverse, acc.shape)).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_s.at[mine], out_ref.at[(*here, head)])
+            lse_ref[row, head, pl.ds(first, ROWS)] = jnp.where(total > 0, top + jnp.log2(total), -jnp.inf)
+            plgpu.wait_smem_to_gmem(0)
+
+    smem = lambda *size: plgpu.SMEM(size, dtype)  # noqa: E731
+    barriers = lambda arrivals, number=stages: plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)  # noqa: E731
+    scratch: Any = {
+        "q_s": smem(BLOCK, dim),
+        "k_s": smem(stages, tile, dim),
+        "v_s": smem(stages, tile, dim),
+        "ids_s": None if spans is None else plgpu.SMEM((stages, tile), jnp.int32),
+        "weights_s": smem(BLOCK, tile) if interpret else None,
+        "q_ready": plgpu.Barrier(),
+        "k_ready": barriers(1 if spans is None else 2),
+        "v_ready": barriers(1),
+        "k_free": barriers(2),
+        "v_free": barriers(2),
+        "turn": barriers(1, 2) if tiles.overlap else barriers(2, 1),
+    }
+    return plgpu.kernel(
+        attention_forward,
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+        grid=(batch, blocks, heads),
+        grid_names=("row", "block", "head"),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+    )(q, k, v, sinks, query_ids, key_ids, spans)
