@@ -1,223 +1,239 @@
 """Our kernels on this GPU: each case checked against the float32 oracle, then timed by loops under one jit.
 
-    python -m experiments.bench_ops [--op=scalar_decay ...] [--shape=4,8192,16,128 ...] [--output=DIR]
+    python -m experiments.bench_ops [--baseline] [--triton] [--peers] [--op=scalar_decay ...]
+        [--shape=4,8192,16,128 ...] [--minutes=8] [--output=DIR]
 
-A shape is B,T,H,D. Milliseconds are the median of loops whose every pass depends on the one before; the spread is the
-range over the median. The floor is inputs and outputs moved once, forward, and with the gradients, over the bandwidth
-that a copy reached on an H200 (4.25 TB/s; 2.9 TB/s is assumed of an H100). Peers are those of peers_h200.json beside
-the results, measured on one H200. Errors are the largest ratios to the oracle over one row of 1024 tokens and 66 of
-200, gates weak, mild and strong.
-Writes bench_ops.json and bench_ops.png to --output.
+The cases are in `bench_cases.py`. A shape is B,T,H,D; one with T = 1 is for the steps of decoding, any other for the
+rest. The kernels of Mosaic GPU come first, then what `--baseline` adds (XLA and, for attention, cuDNN), then
+`--triton`. Attention of 65,536 tokens and more, which XLA takes seconds for, is left out where no shape is named.
+
+Milliseconds are the median of loops whose every pass depends on the one before; steps carry their state. The spread is
+the range over the median. First calls are seconds of tracing, compiling and one pass. TB/s counts each input and output
+once, with the backward pass the inputs once more, what a gradient comes from and what it goes to; a step counts its
+state, read and written. TFLOP/s counts the products of the chunked form, or of the pairs that a query sees. The floor
+is the larger of the bytes over the bandwidth that a copy reached (4.25 TB/s on an H200, 2.9 on an H100, else that of
+the data sheet) and the products over the peak rate of the data sheet.
+
+Errors are the largest ratios to the oracle over hard inputs: for decays a row of 1024 tokens and 66 of 200, gates weak,
+mild and strong; for attention 1000 tokens, grouped heads, then sinks and documents. XLA and cuDNN have tests of their
+own.
+
+Peers are flash-linear-attention's kernels, and cuDNN for attention: figures marked * were recorded on one H200
+(`results/peers_h200.json`), all others come from the same run with `--peers`, which needs the packages and the minutes
+that `bench_peers.py` names. Torch needs memory too: `--peers` sets XLA_PYTHON_CLIENT_PREALLOCATE=false where it is not
+set.
+
+Writes bench_ops.json to --output, anew after every row, and bench_ops.png. Ends with status 1 if a case failed.
 """
 
 import functools
-import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from effattn_jax import linear
+from effattn_jax.training.hardware import memory_bandwidth, peak_flops
+from experiments import bench_peers
+from experiments.bench_cases import OPERATIONS, Op, Work, errors, forward, gradients, with_cotangent, work
+from experiments.report import write_report
+from experiments.timing import Time, only_on_a_gpu, timed
 
 FLAGS = flags.FlagValues()
 OPS = flags.DEFINE_multi_string("op", None, "names begin with one of these; default: all", flag_values=FLAGS)
-SHAPES = flags.DEFINE_multi_string(
-    "shape", ["4,8192,16,128", "1,65536,16,128", "8,2048,16,128", "4,8192,32,64"], "B,T,H,D", flag_values=FLAGS
-)
+SHAPES = flags.DEFINE_multi_string("shape", None, "B,T,H,D; default: all of the table", flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string("output", "runs/bench_ops", "where the table and the plot go", flag_values=FLAGS)
-BASELINE = flags.DEFINE_bool("baseline", False, "time the XLA form too", flag_values=FLAGS)
+BASELINE = flags.DEFINE_bool("baseline", False, "time XLA too, and cuDNN", flag_values=FLAGS)
+TRITON = flags.DEFINE_bool("triton", False, "time the Triton kernels too", flag_values=FLAGS)
+PEERS_TOO = flags.DEFINE_bool("peers", False, "time flash-linear-attention and cuDNN in this run", flag_values=FLAGS)
+MINUTES = flags.DEFINE_float("minutes", None, "begin no case after this many", flag_values=FLAGS)
 
-PEERS = os.path.join(os.path.dirname(__file__), "results", "peers_h200.json")
-LIMITS = {"out": 0.005, "gradients": 0.008, "gates": 0.02}
-Arrays = dict[str, jax.Array]
-
-
-class Op(NamedTuple):
-    call: Callable[..., Any]  # (**inputs, implementation) -> (out, state)
-    inputs: Callable[..., Arrays]  # (B, T, H, D, gate) -> arrays; the gate is the mean of its logit
-    gates: tuple[str, ...]
-    peer: str
-    kernel: str = "mosaic_gpu"
-
-
-def qkv(batch: int, length: int, heads: int, dim: int) -> Arrays:
-    keys = jax.random.split(jax.random.key(0), 3)
-    draw = lambda key: jax.random.normal(key, (batch, length, heads, dim), jnp.bfloat16)  # noqa: E731
-    return dict(zip("qkv", map(draw, keys), strict=True))
+TOKENS = ("4,8192,16,128", "1,65536,16,128", "8,2048,16,128", "4,8192,32,64")
+STEPS = ("64,1,16,128", "8,1,16,128", "1,1,16,128")
+TOO_LONG = 65536  # for attention by XLA
+GATE = 2.0
+COPY = {"NVIDIA H200": 4.25e12, "NVIDIA H100": 2.9e12}  # bytes per second, read and written
+PASSES = ("forward", "forward_backward")
+Shape = tuple[int, ...]
 
 
-def per_token(batch: int, length: int, heads: int, dim: int, gate: float) -> Arrays:
-    noise = jax.random.normal(jax.random.key(1), (batch, length, heads))
-    return qkv(batch, length, heads, dim) | {"log_decay": jax.nn.log_sigmoid(gate + noise)}
-
-
-def per_head(batch: int, length: int, heads: int, dim: int, gate: float) -> Arrays:
-    slopes = jax.nn.log_sigmoid(gate + jnp.linspace(-2.0, 2.0, heads))
-    return qkv(batch, length, heads, dim) | {"log_decay": slopes}
-
-
-OPERATIONS = {
-    "scalar_decay, gate per token": Op(linear.scalar_decay, per_token, ("log_decay",), "fla.simple_gla"),
-    "scalar_decay, gate per head": Op(linear.scalar_decay, per_head, ("log_decay",), "fla.retention"),
-}
-
-
-def gradients(call: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
-    def both(inputs: Arrays) -> Any:
-        out, pull = jax.vjp(lambda inputs: call(inputs)[0], inputs)
-        cotangent = jax.random.normal(jax.random.key(2), out.shape[1:], jnp.bfloat16)
-        return out, *pull(jnp.broadcast_to(cotangent, out.shape).astype(out.dtype))
-
-    return both
+def cases() -> list[tuple[str, Shape, str]]:
+    """Name, shape and implementation of all that was asked for, the kernels first."""
+    found: list[list[tuple[str, Shape, str]]] = [[], [], []]
+    for name, op in OPERATIONS.items():
+        if not name.startswith(tuple(OPS.value or ("",))):
+            continue
+        for text in SHAPES.value or TOKENS + STEPS:
+            shape = tuple(map(int, text.split(",")))
+            if (shape[1] == 1) != bool(op.carried):
+                continue
+            if SHAPES.value is None and name.startswith("attention") and shape[1] >= TOO_LONG:
+                print(f"left out: {name} at {text}, too slow for XLA; --shape={text} asks for it")
+                continue
+            found[0].append((name, shape, "mosaic_gpu"))
+            found[1] += [(name, shape, baseline) for baseline in op.baselines if BASELINE.value]
+            found[2] += [(name, shape, "triton")] if TRITON.value and op.triton else []
+    return [case for group in found for case in group]
 
 
 @functools.cache
-def errors(op: Op, dim: int) -> dict[str, float]:
-    """The largest of each kind over weak, mild and strong gates, for one long row and for many short ones."""
-    worst = dict.fromkeys(LIMITS, 0.0)
-    oracle = jax.jit(gradients(lambda x: op.call(**x, form="recurrent", implementation="xla")))
-    kernel = jax.jit(gradients(lambda x: op.call(**x, implementation=op.kernel)))
-    ratio = lambda w, x: float(  # noqa: E731
-        jnp.sqrt(jnp.mean((w - x.astype(jnp.float32)) ** 2)) / (jnp.sqrt(jnp.mean(w**2)) + 1e-8)
+def times(op: Op, shape: Shape, implementation: str) -> dict[str, Time]:
+    inputs, call = op.inputs(*shape, GATE), forward(op, implementation=implementation)
+    if op.carried:
+        return {"forward": timed(call, inputs, carried=op.carried)}
+    found = {"forward": timed(call, inputs)}
+    both = gradients(call, op.constant)
+    return found | {"forward_backward": timed(both, with_cotangent(call, inputs))}
+
+
+def peer(op: Op, shape: Shape, *, same_run: bool) -> dict[str, Any]:
+    """The fields of a row that tell what a peer takes."""
+    name = op.peers[0] if op.peers else None
+    figures, source = bench_peers.recorded(op.peers, shape), os.path.basename(bench_peers.RECORDED)
+    if same_run and name is not None:
+        source = "same run"
+        if "cudnn" in op.baselines:
+            alone, both = times(op, shape, "cudnn").values()
+            figures = alone.milliseconds, both.milliseconds
+        else:
+            figures = bench_peers.milliseconds(name.removeprefix("fla."), shape)
+    fields = dict(zip((f"peer_{part}_ms" for part in PASSES), figures, strict=True))
+    return {"peer": name, **fields, "peer_source": source if any(figures) else None}
+
+
+def floor(done: Work, device: Any) -> float | None:
+    """Milliseconds; None where the device is not known."""
+    copy = next((rate for kind, rate in COPY.items() if device.device_kind.startswith(kind)), memory_bandwidth(device))
+    peak = peak_flops(device)
+    return None if copy is None or peak is None else 1e3 * max(done.moved / copy, done.products / peak)
+
+
+def measured(name: str, shape: Shape, implementation: str) -> dict[str, Any]:
+    op, device = OPERATIONS[name], jax.devices()[0]
+    ours = implementation in ("mosaic_gpu", "triton")
+    row: dict[str, Any] = {
+        "op": name,
+        "shape": ",".join(map(str, shape)),
+        "implementation": implementation,
+        "device": device.device_kind,
+        "errors": errors(op, implementation, shape[3]) if ours else None,
+    }
+    done = work(op, jax.eval_shape(lambda: op.inputs(*shape, GATE)))
+    for part, taken in times(op, shape, implementation).items():
+        least = floor(done[part], device)
+        row |= {
+            f"{part}_ms": taken.milliseconds,
+            f"{part}_spread": taken.spread,
+            f"{part}_TBps": done[part].moved / taken.milliseconds / 1e9,
+            f"{part}_TFLOPs": done[part].products / taken.milliseconds / 1e9,
+            f"{part}_floor_ms": least,
+            f"{part}_share_of_floor": None if least is None else least / taken.milliseconds,
+            f"{part}_first_call_s": taken.first_call,
+        }
+    return row
+
+
+def show_head() -> None:
+    print(
+        f"{'op':30}{'B,T,H,D':>15}{'':>12}{'':>10}{'ms':>9}{'peer':>9}{'spread':>8}{'TB/s':>7}{'TFLOP/s':>9}"
+        f"{'floor':>8}{'share':>7}{'first s':>9}  errors"
     )
-    for rows, length, gate in [(r, t, g) for r, t in ((1, 1024), (66, 200)) for g in (6.0, 2.0, -4.0)]:
-        inputs = op.inputs(rows, length, 2, dim, gate)
-        want = oracle({name: x.astype(jnp.float32) for name, x in inputs.items()})
-        got = kernel(inputs)
-        found = [("out", ratio(want[0], got[0]))]
-        for name, x in want[1].items():
-            found.append(("gates" if name in op.gates else "gradients", ratio(x, got[1][name])))
-        for kind, value in found:
-            if not value <= LIMITS[kind]:
-                raise SystemExit(f"{rows} x {length}, gate {gate}, {kind}: error {value:.1e}; limit {LIMITS[kind]}")
-            worst[kind] = max(worst[kind], value)
-    return worst
 
 
-class Time(NamedTuple):
-    milliseconds: float
-    spread: float  # (longest - shortest) / median
-    first_call: float  # seconds, of tracing, compiling and running
-
-
-def timed(call: Callable[[Arrays], Any], inputs: Arrays, repetitions: int = 7, seconds: float = 0.03) -> Time:
-    def loop(inputs: Arrays, passes: jax.Array) -> Any:
-        def step(_: Any, carry: Any) -> Any:
-            inputs, _ = jax.lax.optimization_barrier(carry)
-            return inputs, call(inputs)
-
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(call, inputs))
-        return jax.lax.fori_loop(0, passes, step, (inputs, start))[1]
-
-    began = time.perf_counter()
-    jax.block_until_ready(jax.jit(call)(inputs))
-    first = time.perf_counter() - began
-    compiled = jax.jit(loop)
-
-    def once(passes: int) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(inputs, jnp.int32(passes)))
-        return time.perf_counter() - began
-
-    once(3)
-    few = 2
-    passes = few + max(4, int(seconds / max((once(13) - once(3)) / 10, 1e-6)))
-    times = [1e3 * (once(passes) - once(few)) / (passes - few) for _ in range(repetitions)]
-    middle = statistics.median(times)
-    return Time(middle, (max(times) - min(times)) / middle, first)
+def show(row: dict[str, Any]) -> None:
+    number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
+    star = "" if row["peer_source"] == "same run" else "*"
+    for part, label in zip(PASSES, ("step" if "step" in row["op"] else "forward", "+backward"), strict=True):
+        if f"{part}_ms" not in row:
+            continue
+        theirs = row[f"peer_{part}_ms"]
+        tail = " ".join(f"{kind} {x:.1e}" for kind, x in (row["errors"] or {}).items()) if part == "forward" else ""
+        print(
+            f"{row['op']:30}{row['shape']:>15}{row['implementation']:>12}{label:>10}{row[f'{part}_ms']:9.4f}"
+            f"{'' if theirs is None else f'{theirs:.3f}{star}':>9}{100 * row[f'{part}_spread']:7.1f}%"
+            f"{row[f'{part}_TBps']:7.2f}{row[f'{part}_TFLOPs']:9.1f}{number(row[f'{part}_floor_ms'], '.4f'):>8}"
+            f"{number(row[f'{part}_share_of_floor'], '.1%'):>7}{row[f'{part}_first_call_s']:9.1f}  {tail}",
+            flush=True,
+        )
 
 
 def plot(path: str, rows: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(rows) + 1.6), sharey=True)
-    for axis, part in zip(axes, ("forward", "forward_backward"), strict=True):
+    """Bars of ours and of the peer, a mark at the floor: a panel for each pass, milliseconds on a logarithmic axis."""
+    figure = Figure(figsize=(12, 0.5 * len(rows) + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    places = range(len(rows))
+    for axes, part in zip(panels, PASSES, strict=True):
+        value = lambda row, key: row.get(key) or float("nan")  # noqa: E731
+        axes.barh([y - 0.2 for y in places], [value(row, f"{part}_ms") for row in rows], 0.4, label="ours")
+        axes.barh([y + 0.2 for y in places], [value(row, f"peer_{part}_ms") for row in rows], 0.4, label="peer")
+        floors = [value(row, f"{part}_floor_ms") for row in rows]
+        axes.plot(floors, [y - 0.2 for y in places], "k|", label="floor", markersize=12)
         names = [f"{row['op']}\n{row['shape']}, {row['implementation']}" for row in rows]
-        places = range(len(rows))
-        axis.barh([y + 0.2 for y in places], [row[f"{part}_ms"] for row in rows], 0.4, label="ours")
-        axis.barh(
-            [y - 0.2 for y in places], [row[f"peer_{part}_ms"] or 0 for row in rows], 0.4, label="peer on an H200"
-        )
-        axis.plot([row[f"{part}_floor_ms"] for row in rows], [y + 0.2 for y in places], "k|", label="floor", ms=12)
-        axis.set(xlabel=f"{part.replace('_', ' and ')}, ms", yticks=list(places), yticklabels=names)
-        axis.tick_params(axis="y", labelsize=7)
-    axes[0].legend()
-    figure.tight_layout()
+        axes.set(xlabel=f"{part.replace('_', ' and ')}, ms", xscale="log", yticks=list(places), yticklabels=names)
+        axes.tick_params(axis="y", labelsize=7)
+    panels[0].invert_yaxis()
+    panels[0].legend()
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    FLAGS(sys.argv)
-    device = jax.devices()[0].device_kind
-    bandwidth = 4.25e12 if "H200" in device else 2.9e12
-    with open(PEERS) as file:
-        peers = {(r["name"], *(r[x] for x in "BTHD")): r for r in json.load(file)["rows"]}
-    print(f"{device}, jax {jax.__version__}, bfloat16; times and floors in ms")
-    print(
-        f"{'op':30}{'B,T,H,D':>16}{'':12}{'forward':>9}{'floor':>7}{'peer':>7}{'+backward':>11}{'floor':>7}{'peer':>7}",
-        end="",
-    )
-    print(f"{'spread':>8}{'TB/s':>7}{'TFLOP/s':>9}{'first s':>9}  errors: out, gradients, gates")
-    rows = []
-    for name, op in OPERATIONS.items():
-        if OPS.value and not name.startswith(tuple(OPS.value)):
-            continue
-        for text in SHAPES.value:
-            shape = tuple(map(int, text.split(",")))
-            inputs = op.inputs(*shape, 2.0)
-            error = errors(op, shape[3])
-            peer = peers.get((op.peer, *shape), {})
-            out_bytes = inputs["v"].nbytes
-            read = sum(x.nbytes for x in inputs.values())
-            forward_bytes, both_bytes = read + out_bytes, 3 * read + 2 * out_bytes
-            chunk = 128
-            flops = 2 * shape[0] * shape[1] * shape[2] * shape[3] * (2 * chunk / 2 + 2 * shape[3])
-            for implementation in (op.kernel, "xla") if BASELINE.value else (op.kernel,):
-                call = lambda x, op=op, name=implementation: op.call(**x, implementation=name)  # noqa: E731
-                forward, both = timed(call, inputs), timed(gradients(call), inputs)
-                row = {
-                    "op": name,
-                    "shape": text,
-                    "implementation": implementation,
-                    "forward_ms": forward.milliseconds,
-                    "forward_backward_ms": both.milliseconds,
-                    "spread": max(forward.spread, both.spread),
-                    "forward_floor_ms": 1e3 * forward_bytes / bandwidth,
-                    "forward_backward_floor_ms": 1e3 * both_bytes / bandwidth,
-                    "forward_TBps": forward_bytes / forward.milliseconds / 1e9,
-                    "forward_TFLOPs": flops / forward.milliseconds / 1e9,
-                    "first_call_s": forward.first_call + both.first_call,
-                    "peer": op.peer,
-                    "peer_forward_ms": peer.get("fwd_ms"),
-                    "peer_forward_backward_ms": peer.get("fwdbwd_ms"),
-                    "errors": error if implementation == op.kernel else None,
-                }
-                rows.append(row)
-                number = lambda x: f"{x:7.2f}" if x else f"{'':7}"  # noqa: E731
-                print(
-                    f"{name:30}{text:>16}{implementation:>12}{row['forward_ms']:9.3f}{row['forward_floor_ms']:7.2f}"
-                    f"{number(row['peer_forward_ms'])}{row['forward_backward_ms']:11.3f}"
-                    f"{row['forward_backward_floor_ms']:7.2f}{number(row['peer_forward_backward_ms'])}"
-                    f"{100 * row['spread']:7.1f}%{row['forward_TBps']:7.2f}{row['forward_TFLOPs']:9.0f}"
-                    f"{row['first_call_s']:9.1f}  " + " ".join(f"{x:.1e}" for x in error.values()),
-                    flush=True,
-                )
-    os.makedirs(OUTPUT.value, exist_ok=True)
-    command = " ".join(["python -m experiments.bench_ops", *sys.argv[1:]])
-    with open(os.path.join(OUTPUT.value, "bench_ops.json"), "w") as file:
-        json.dump({"device": device, "jax": jax.__version__, "command": command, "rows": rows}, file, indent=1)
-        file.write("\n")
-    plot(os.path.join(OUTPUT.value, "bench_ops.png"), rows)
+def main() -> int:
+    if "--help" in sys.argv:
+        print(__doc__, FLAGS.get_help())
+        return 0
+    try:
+        FLAGS(sys.argv)
+    except flags.Error as error:
+        raise SystemExit(f"bench_ops: {error}; --help shows all flags") from None
+    if PEERS_TOO.value:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read when JAX first looks for devices
+        absent = bench_peers.missing()
+        if absent:
+            raise SystemExit(f"--peers needs packages that are not installed: {absent}")
+    only_on_a_gpu("bench_ops")
+    began = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, bfloat16; ms; *: recorded on an H200")
+    wanted = cases()
+    show_head()
+    for at, (name, shape, implementation) in enumerate(wanted):
+        if MINUTES.value is not None and time.perf_counter() - began > 60 * MINUTES.value:
+            print(f"{MINUTES.value:g} minutes are over; not begun: {len(wanted) - at} of {len(wanted)} cases")
+            break
+        label = f"{name}, {','.join(map(str, shape))}, {implementation}"
+        try:
+            row = measured(name, shape, implementation)
+            rows.append(row | peers_of(label, OPERATIONS[name], shape, failures))
+            show(rows[-1])
+        except Exception as error:
+            failures.append(failed(label, error))
+        table = os.path.join(OUTPUT.value, "bench_ops.json")
+        write_report(table, "experiments.bench_ops", rows, failures=failures)
+    if rows:
+        plot(os.path.join(OUTPUT.value, "bench_ops.png"), rows)
+    print(f"{len(rows)} cases, {len(failures)} failures, {time.perf_counter() - began:.0f} s; {OUTPUT.value}")
+    return int(bool(failures))
+
+
+def peers_of(label: str, op: Op, shape: Shape, failures: list[str]) -> dict[str, Any]:
+    """`peer` as asked for, or what was recorded where that fails."""
+    try:
+        return peer(op, shape, same_run=PEERS_TOO.value)
+    except Exception as error:
+        failures.append(failed(f"peer of {label}", error))
+        return peer(op, shape, same_run=False)
+
+
+def failed(label: str, error: Exception) -> str:
+    line = f"FAILED {label}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    print(line, flush=True)
+    return line
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

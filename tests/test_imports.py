@@ -10,7 +10,13 @@ from tests.imports import owner_of, rule, violations
 ROOT = Path(__file__).parents[1]
 STANDARD = frozenset(sys.stdlib_module_names)
 
-LEAVES = ("effattn_jax.typing", "effattn_jax.dispatch", "effattn_jax.checks", "effattn_jax.precision")
+LEAVES = (
+    "effattn_jax.typing",
+    "effattn_jax.dispatch",
+    "effattn_jax.checks",
+    "effattn_jax.precision",
+    "effattn_jax.kernels",
+)
 MECHANISMS = ("effattn_jax.linear", "effattn_jax.sparse")
 EVERYTHING_BELOW = (
     *LEAVES,
@@ -26,6 +32,7 @@ RULES = {
     "effattn_jax.dispatch": rule(installed=["jax", "numpy"]),
     "effattn_jax.checks": rule(installed=["jax", "numpy"]),
     "effattn_jax.precision": rule("effattn_jax.typing", installed=["jax"]),
+    "effattn_jax.kernels": rule("effattn_jax.dispatch", installed=["jax"]),
     "pallas_kernels": rule(never=["flax"]),
     "effattn_jax.linear": rule(*LEAVES, "pallas_kernels", never=["flax"]),
     "effattn_jax.sparse": rule(*LEAVES, "pallas_kernels", never=["flax"]),

@@ -13,11 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax.dispatch import Implementation, dispatch
-from effattn_jax.linear.affine import DiagonalMap, diagonal_map, entering_states
-from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
-from effattn_jax.linear.chunks import from_chunks, to_chunks
-from effattn_jax.linear.decay import constant_decay_sum, decay_sum, pairwise_decay
-from effattn_jax.linear.kernels import (
+from effattn_jax.kernels import (
     hopper_or_interpreter,
     implementations_here,
     refuse_varying,
@@ -25,6 +21,10 @@ from effattn_jax.linear.kernels import (
     takes_step,
     tpu_or_interpreter,
 )
+from effattn_jax.linear.affine import DiagonalMap, diagonal_map, entering_states
+from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
+from effattn_jax.linear.chunks import from_chunks, to_chunks
+from effattn_jax.linear.decay import constant_decay_sum, decay_sum, pairwise_decay
 from effattn_jax.linear.recurrence import recurrence
 from effattn_jax.linear.segments import chunk_masks
 from effattn_jax.precision import accumulation_dtype, contract
@@ -112,7 +112,7 @@ def _mosaic_gpu(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    one_token = takes_step(form, q.shape[1])
+    one_token = takes_step(form, q, v)
     refuse_varying(q, k, v, log_decay, initial_state, segment_ids)
     interpret = hopper_or_interpreter()
     from pallas_kernels.mosaic_gpu.scalar_decay import scalar_decay as chunkwise_kernel
@@ -133,8 +133,8 @@ def _mosaic_tpu(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    one_token = takes_step(form, q.shape[1])
-    interpret = tpu_or_interpreter()
+    one_token = takes_step(form, q, v)
+    interpret = tpu_or_interpreter(q, k, v, log_decay, initial_state, segment_ids)
     from pallas_kernels.mosaic_tpu.scalar_decay import scalar_decay as chunkwise_kernel
     from pallas_kernels.mosaic_tpu.step import step
 
@@ -153,7 +153,7 @@ def _triton(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    takes_step(form, q.shape[1])  # one token is a short chunk
+    takes_step(form, q, v)  # one token is a short chunk
     refuse_varying(q, k, v, log_decay, initial_state, segment_ids)
     refuse_without_triton()
     from pallas_kernels.triton.scalar_decay import scalar_decay as kernel

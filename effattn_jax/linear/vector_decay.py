@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax.dispatch import Implementation, dispatch
-from effattn_jax.linear.affine import DiagonalMap, diagonal_map, entering_states
-from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
-from effattn_jax.linear.chunks import from_chunks, to_chunks
-from effattn_jax.linear.kernels import (
+from effattn_jax.kernels import (
     hopper_or_interpreter,
     implementations_here,
     refuse_varying,
     takes_step,
     tpu_or_interpreter,
 )
+from effattn_jax.linear.affine import DiagonalMap, diagonal_map, entering_states
+from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
+from effattn_jax.linear.chunks import from_chunks, to_chunks
 from effattn_jax.linear.pair_scores import pair_scores, vector_decay_sums
 from effattn_jax.linear.recurrence import recurrence
 from effattn_jax.linear.segments import chunk_masks
@@ -118,7 +118,7 @@ def _mosaic_gpu(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    one_token = takes_step(form, q.shape[1])
+    one_token = takes_step(form, q, v)
     refuse_varying(q, k, v, log_decay, bonus, initial_state, segment_ids)
     interpret = hopper_or_interpreter()
     from pallas_kernels.mosaic_gpu.step import step
@@ -140,8 +140,8 @@ def _mosaic_tpu(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    one_token = takes_step(form, q.shape[1])
-    interpret = tpu_or_interpreter()
+    one_token = takes_step(form, q, v)
+    interpret = tpu_or_interpreter(q, k, v, log_decay, bonus, initial_state, segment_ids)
     from pallas_kernels.mosaic_tpu.step import step
     from pallas_kernels.mosaic_tpu.vector_decay import vector_decay as chunkwise_kernel
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from effattn_jax.linear.kernels import hopper_or_interpreter, refuse_varying
+from effattn_jax.kernels import hopper_or_interpreter, refuse_varying
 from effattn_jax.typing import Array, Float, Int
 
 

@@ -42,8 +42,8 @@ def memory_scan(
     keep_states: bool = False,
     interpret: Any = False,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
-    """Out [B, T, H, V] in v's dtype, the last state [B, H, K, V] in float32, and the states [B, H, N, K, V] that enter the
-    chunks, in v's dtype, where they are kept. Without `reads` and `scores` the memory is only written.
+    """Out [B, T, H, V] in v's dtype, the last state [B, H, K, V] in float32, and where they are kept the states that
+    enter the chunks, [B, H, N, K, V] in v's dtype. Without `reads` and `scores` the memory is only written.
 
     Args:
       reads, writes: [B, T, heads, K], v: [B, T, heads, V]; heads divide H, each serves consecutive ones. T, K and V are

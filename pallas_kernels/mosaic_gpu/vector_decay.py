@@ -139,7 +139,8 @@ def _backward(call: Call, arrays: Any, cotangents: tuple[jax.Array, jax.Array]) 
         scan = functools.partial(memory_scan_in_parts, parts=call.parts, interpret=call.interpret, keep_states=True)
         _, _, states = scan(None, writes, v, None, keep, initial_state)
         dv, d_initial, d_states = scan(writes, reads, d_out, scores, keep, d_state, reverse=True)
-        assert states is not None and d_states is not None  # they were asked for
+        assert states is not None
+        assert d_states is not None
         dq, dk, d_gates, d_bonus = vector_gradients(
             q,
             k,

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.export import DisabledSafetyCheck, export
 
 from effattn_jax.linear import scalar_decay
+from pallas_kernels.mosaic_gpu import scalar_decay as module
 from pallas_kernels.mosaic_gpu.scalar_decay import scalar_decay as kernel
 from tests.linear.packings import row
 from tests.ratio import BFLOAT16_GATE, BFLOAT16_GRAD, BFLOAT16_OUT, assert_close
@@ -58,7 +59,11 @@ def check(arrays, d_out, d_state, segment_ids=None, **options):
 INTERPRET = plgpu.InterpretGPUParams()
 
 
-@pytest.mark.parametrize("gate", [pytest.param(6.0, marks=pytest.mark.slow), 2.0, -4.0], ids=["weak", "mild", "strong"])
+@pytest.mark.parametrize(
+    "gate",
+    [pytest.param(6.0, marks=pytest.mark.slow), pytest.param(2.0, marks=pytest.mark.slow), -4.0],
+    ids=["weak", "mild", "strong"],
+)
 def test_is_the_recurrence(gate):
     check(*draw(256, gate=gate), interpret=INTERPRET)
 
@@ -66,10 +71,17 @@ def test_is_the_recurrence(gate):
 @pytest.mark.parametrize(
     ("length", "key_dim", "value_dim"),
     [
-        (1, 64, 64),
         *(
             pytest.param(*x, marks=pytest.mark.slow)
-            for x in [(200, 128, 64), (65, 50, 100), (127, 64, 128), (384, 128, 128)]
+            for x in [
+                (1, 64, 64),
+                (200, 128, 64),
+                (65, 50, 100),
+                (127, 64, 128),
+                (384, 128, 128),
+                (150, 64, 256),
+                (70, 256, 200),
+            ]
         ),
     ],
 )
@@ -84,7 +96,20 @@ def test_groups_of_heads(heads):
     check(*draw(130, heads=heads), interpret=INTERPRET)
 
 
-def test_packed_documents():
+@pytest.fixture(params=["scans", pytest.param("chunks", marks=pytest.mark.slow)])
+def passes(request, monkeypatch):
+    """Both ways for sizes that both take."""
+    monkeypatch.setattr(module, "SCANS", 128 if request.param == "scans" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [6.0, 2.0, -4.0], ids=["weak", "mild", "strong"])
+def test_chunks_are_the_recurrence(gate, monkeypatch):
+    monkeypatch.setattr(module, "SCANS", 0)
+    check(*draw(256, 128, 64, heads=(1, 1, 2), gate=gate), interpret=INTERPRET)
+
+
+def test_packed_documents(passes):
     ids = np.stack([row((0, 100), (1, 1), (2, 60), (-1, 9), (5, 130)), row((-1, 30), (3, 200), (4, 1), (-1, 69))])
     arrays, d_out, d_state = draw(300, heads=(1, 1, 1), batch=2)
     (out, _), (dq, _, _, dg, _) = check(arrays, d_out, d_state, ids, interpret=INTERPRET)
@@ -93,13 +118,14 @@ def test_packed_documents():
     assert not np.asarray(dg)[0, [100, 101, 170]].any()  # nothing is there to decay where a document starts
 
 
-@pytest.mark.parametrize("parts", [3, pytest.param(6, marks=pytest.mark.slow)])
-def test_parts_of_a_row_are_the_row(parts):
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [3, 6])
+def test_parts_of_a_row_are_the_row(parts, passes):
     ids = np.stack([row((0, 200), (1, 128 * parts - 250), (-1, 40))])
     check(*draw(128 * parts - 10, 64, 64, heads=(1, 1, 1)), ids, parts=parts, interpret=INTERPRET)
 
 
-def test_vmap_is_rows():
+def test_vmap_is_rows(passes):
     arrays, _, _ = draw(128, batch=3)
     each = [x[:, None] for x in arrays]
     want = kernel(*arrays, None, scale=1.0, interpret=INTERPRET)
@@ -107,9 +133,34 @@ def test_vmap_is_rows():
     jax.tree.map(lambda w, x: np.testing.assert_array_equal(w, x[:, 0]), want, got)
 
 
-def test_has_no_races():
+def test_has_no_races(passes):
     arrays, d_out, d_state = draw(256, 128, 64, heads=(1, 1, 1))
     check(arrays, d_out, d_state, interpret=plgpu.InterpretGPUParams(detect_races=True))
+
+
+@pytest.mark.slow
+def test_padding_may_hold_nan_and_gates_may_be_infinite():
+    (q, k, v, g, s), d_out, d_state = draw(70, heads=(1, 1, 1))
+    ids = np.stack([row((0, 60), (-1, 10))])
+    spoilt = [jnp.where((ids < 0)[..., None, None], jnp.nan, x) for x in (q, k, v)]
+    run = functools.partial(kernel, scale=1.0, interpret=INTERPRET)
+    g = jnp.asarray(g).at[:, 30].set(-jnp.inf)
+    want = results(lambda *x: run(*x, ids), (q, k, v, g, s), d_out, d_state)
+    got = results(lambda *x: run(*x, ids), (*spoilt, g, s), d_out, d_state)
+    jax.tree.map(np.testing.assert_array_equal, want, got)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(got))
+
+
+def test_gates_that_nothing_differentiates_cost_nothing():
+    (q, k, v, g, s), _, _ = draw(64)
+
+    def text(argnums):
+        loss = lambda q, g: kernel(q, k, v, g, s, None, scale=1.0)[0].astype(jnp.float32).sum()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss, argnums))(q, g))
+
+    states = "bf16[1,2,1,64,64]"  # that enter the chunks
+    assert states in text((0, 1))
+    assert states not in text((0,))
 
 
 def test_by_name_on_a_cpu_it_is_interpreted_and_none_never_takes_it():

@@ -24,12 +24,15 @@ def _is_manual() -> bool:
     return bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes)
 
 
-def takes_step(form: str, length: int) -> bool:
+def takes_step(form: str, q: jax.Array, v: jax.Array) -> bool:
     """Whether the kernel for one token serves this call, else the chunkwise one.
 
     Raises:
       NotImplementedError: neither does.
     """
+    length = q.shape[1]
+    if 0 in q.shape or 0 in v.shape:
+        raise NotImplementedError(f"q {q.shape} or v {v.shape} is empty")
     if form not in ("chunkwise", "recurrent") or (form == "recurrent" and length != 1):
         raise NotImplementedError(f"form {form!r}; needs 'chunkwise', or one token")
     return form == "recurrent"
@@ -41,9 +44,14 @@ def refuse_varying(*arrays: Any) -> None:
     Raises:
       NotImplementedError: inside a `shard_map` that checks it.
     """
+    if axes := _varying(arrays):
+        raise NotImplementedError(f"values vary over the mesh axes {axes}; needs shard_map(check_vma=False)")
+
+
+def _varying(arrays: tuple[Any, ...]) -> list[str]:
+    """The manual axes of the mesh that values are known to vary over."""
     axes = {axis for x in arrays if x is not None for axis in jax.typeof(x).manual_axis_type.varying}
-    if axes:
-        raise NotImplementedError(f"values vary over the mesh axes {sorted(axes)}; needs shard_map(check_vma=False)")
+    return sorted(map(str, axes))
 
 
 def hopper_or_interpreter() -> Any:
@@ -65,8 +73,11 @@ def hopper_or_interpreter() -> Any:
     return False
 
 
-def tpu_or_interpreter() -> Any:
-    """The same for a Mosaic TPU kernel.
+def tpu_or_interpreter(*arrays: Any) -> Any:
+    """The same for a Mosaic TPU kernel of these arrays.
+
+    On a CPU it becomes ordinary operations, which take part in `vmap` and `checkpoint`; but those do not follow which
+    axes of the mesh a value varies over, so that there the TPU's memories are simulated, which takes ten times as long.
 
     Raises:
       NotImplementedError: a GPU.
@@ -75,7 +86,7 @@ def tpu_or_interpreter() -> Any:
     if here == "cpu":
         from jax.experimental.pallas import tpu as pltpu
 
-        return pltpu.InterpretParams()
+        return pltpu.InterpretParams() if _varying(arrays) else True
     if here != "tpu":
         raise NotImplementedError(f"a kernel for TPUs; this is a {here}")
     return False
