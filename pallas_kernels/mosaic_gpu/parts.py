@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu.last_state import last_state
-from pallas_kernels.mosaic_gpu.scan import CHUNK, COLUMNS, Extras, Factors, scan
+from pallas_kernels.mosaic_gpu.pipelined_scan import pipelined_scan
+from pallas_kernels.mosaic_gpu.scan import COLUMNS, Extras, Factors, scan
 
 PROCESSORS = 132  # of an H100 or H200; each takes one block of threads of `scan`
 
@@ -33,17 +34,19 @@ def scan_in_parts(
     others: jax.Array | None = None,
     *,
     parts: int | None = None,
+    pipelined: bool = False,
     reverse: bool = False,
     keep_states: bool = False,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, Extras]:
-    """`scan`; `parts` is how many each row is cut into, None: as many as fill the chip."""
+    """`scan` or `pipelined_scan`; `parts` is how many each row is cut into, None: as many as fill the chip."""
+    kernel = pipelined_scan if pipelined else scan
     batch, length = q.shape[:2]
-    heads, value_dim, chunks = initial_state.shape[1], v.shape[-1], length // CHUNK
+    heads, value_dim, chunks = initial_state.shape[1], v.shape[-1], factors.keep.shape[2]
     parts = number_of_parts(batch, heads, chunks, value_dim) if parts is None else parts
     options = {"reverse": reverse, "interpret": interpret}
     if parts == 1:
-        return scan(q, k, v, factors, initial_state, x, others, keep_states=keep_states, **options)
+        return kernel(q, k, v, factors, initial_state, x, others, keep_states=keep_states, **options)
 
     def cut_tokens(y: jax.Array) -> jax.Array:
         return y.reshape(batch * parts, length // parts, *y.shape[2:])
@@ -61,7 +64,12 @@ def scan_in_parts(
     x = None if x is None else cut_tokens(x)
     factors = jax.tree.map(cut_chunks, factors)
     others = None if others is None else cut_chunks(others)
-    written = last_state(k, v, factors, heads, **options).reshape(batch, parts, *initial_state.shape[1:])
+    if pipelined:
+        nothing = jnp.zeros((batch * parts, *initial_state.shape[1:]), jnp.float32)
+        written = kernel(q, k, v, factors, nothing, **options)[1]
+    else:
+        written = last_state(k, v, factors, heads, **options)
+    written = written.reshape(batch, parts, *initial_state.shape[1:])
     keep = jnp.prod(factors.keep[..., 0], -1).reshape(batch, parts, heads, 1, 1)
     entering, state = [], initial_state
     for part in reversed(range(parts)) if reverse else range(parts):
@@ -69,7 +77,7 @@ def scan_in_parts(
         state = keep[:, part] * state + written[:, part]
     entering = entering[::-1] if reverse else entering
     start = jnp.stack(entering, 1).reshape(batch * parts, *initial_state.shape[1:])
-    out, states, extras = scan(q, k, v, factors, start, x, others, keep_states=keep_states, **options)
+    out, states, extras = kernel(q, k, v, factors, start, x, others, keep_states=keep_states, **options)
     last = states.reshape(batch, parts, *initial_state.shape[1:])[:, 0 if reverse else -1]
     extras = Extras(*(None if y is None else join(y) for y in extras))
     return out.reshape(batch, length, *out.shape[2:]), last, extras

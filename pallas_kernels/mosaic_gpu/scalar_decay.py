@@ -19,6 +19,7 @@ Dao and Gu 2024, arXiv:2405.21060 (the chunked form).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,14 @@ from pallas_kernels.mosaic_gpu.scan import CHUNK
 
 DIMS = (64, 128, 256)  # of q, k and v; others are filled up with zeros
 SCANS = 128  # the largest that `scalar_scans` takes
-PASSES = {"scans": scalar_scans, "chunks": scalar_chunks}
+PASSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # forward and backward
+    "scans": (scalar_scans.forward, scalar_scans.backward),
+    "pipelined": (
+        functools.partial(scalar_scans.forward, pipelined=True),
+        functools.partial(scalar_scans.backward, pipelined=True),
+    ),
+    "chunks": (scalar_chunks.forward, scalar_chunks.backward),
+}
 
 
 def scalar_decay(
@@ -44,6 +52,7 @@ def scalar_decay(
     *,
     scale: float,
     parts: int | None = None,
+    passes: str | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The equation above for every head: out [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.
@@ -58,6 +67,7 @@ def scalar_decay(
         padding: such a token writes nothing, reads zero and lets the state pass.
       scale: > 0.
       parts: how many each row is cut into; None: as many as fill the chip.
+      passes: "scans" or "pipelined" (K and V up to 128) or "chunks"; None: what was fastest of those that were timed.
       interpret: parameters of the interpreter that runs the kernel on a CPU.
 
     Raises:
@@ -71,7 +81,8 @@ def scalar_decay(
     if not isinstance(scale, (int, float)) or not scale > 0:
         raise NotImplementedError(f"scale {scale}; needs a positive number")
     keys, values = (next(size for size in DIMS if size >= dim) for dim in (key_dim, value_dim))
-    passes = "scans" if max(keys, values) <= SCANS else "chunks"
+    if passes is None:
+        passes = "scans" if max(keys, values) <= SCANS else "chunks"
     tail = -length % CHUNK
     if segment_ids is not None:
         real = (segment_ids >= 0)[..., None, None]
@@ -105,7 +116,7 @@ def _scalar_decay(
     initial_state: jax.Array,
     segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    run = functools.partial(PASSES[call.passes].forward, **call.options())
+    run = functools.partial(PASSES[call.passes][0], **call.options())
     return fold_rows(run, (0,) * 6)(q, k, v, log_decay, initial_state, segment_ids)
 
 
@@ -118,7 +129,7 @@ def _forward(call: Call, *primals: Any) -> tuple[Any, Any]:
 def _backward(call: Call, kept: Any, cotangents: Any) -> tuple[Any, ...]:
     arrays, gates = kept
     cotangents = [jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents]
-    run = functools.partial(PASSES[call.passes].backward, gates=gates is not None, **call.options())
+    run = functools.partial(PASSES[call.passes][1], gates=gates is not None, **call.options())
     dq, dk, dv, d_log_decay, d_initial = fold_rows(run, (0,) * 8)(*arrays, *cotangents)
     grouped = lambda dx, x: dx.reshape(*x.shape[:3], -1, x.shape[3]).sum(3) if dx.shape != x.shape else dx  # noqa: E731
     q, k, v = arrays[:3]

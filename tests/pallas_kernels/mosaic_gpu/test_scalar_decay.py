@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.export import DisabledSafetyCheck, export
 
 from effattn_jax.linear import scalar_decay
-from pallas_kernels.mosaic_gpu import scalar_decay as module
 from pallas_kernels.mosaic_gpu.scalar_decay import scalar_decay as kernel
 from tests.linear.packings import row
 from tests.ratio import BFLOAT16_GATE, BFLOAT16_GRAD, BFLOAT16_OUT, assert_close
@@ -96,23 +95,22 @@ def test_groups_of_heads(heads):
     check(*draw(130, heads=heads), interpret=INTERPRET)
 
 
-@pytest.fixture(params=["scans", pytest.param("chunks", marks=pytest.mark.slow)])
-def passes(request, monkeypatch):
-    """Both ways for sizes that both take."""
-    monkeypatch.setattr(module, "SCANS", 128 if request.param == "scans" else 0)
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("pipelined", "chunks")]
+passes_of_both = pytest.mark.parametrize("passes", ["scans", *OTHERS])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("passes", ["pipelined", "chunks"])
 @pytest.mark.parametrize("gate", [6.0, 2.0, -4.0], ids=["weak", "mild", "strong"])
-def test_chunks_are_the_recurrence(gate, monkeypatch):
-    monkeypatch.setattr(module, "SCANS", 0)
-    check(*draw(256, 128, 64, heads=(1, 1, 2), gate=gate), interpret=INTERPRET)
+def test_other_passes_are_the_recurrence(gate, passes):
+    check(*draw(256, 128, 64, heads=(1, 1, 2), gate=gate), passes=passes, interpret=INTERPRET)
 
 
+@passes_of_both
 def test_packed_documents(passes):
     ids = np.stack([row((0, 100), (1, 1), (2, 60), (-1, 9), (5, 130)), row((-1, 30), (3, 200), (4, 1), (-1, 69))])
     arrays, d_out, d_state = draw(300, heads=(1, 1, 1), batch=2)
-    (out, _), (dq, _, _, dg, _) = check(arrays, d_out, d_state, ids, interpret=INTERPRET)
+    (out, _), (dq, _, _, dg, _) = check(arrays, d_out, d_state, ids, passes=passes, interpret=INTERPRET)
     for x in (out, dq, dg):
         assert not np.asarray(x, np.float32)[ids < 0].any()
     assert not np.asarray(dg)[0, [100, 101, 170]].any()  # nothing is there to decay where a document starts
@@ -120,22 +118,25 @@ def test_packed_documents(passes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [3, 6])
+@passes_of_both
 def test_parts_of_a_row_are_the_row(parts, passes):
     ids = np.stack([row((0, 200), (1, 128 * parts - 250), (-1, 40))])
-    check(*draw(128 * parts - 10, 64, 64, heads=(1, 1, 1)), ids, parts=parts, interpret=INTERPRET)
+    check(*draw(128 * parts - 10, 64, 64, heads=(1, 1, 1)), ids, parts=parts, passes=passes, interpret=INTERPRET)
 
 
+@passes_of_both
 def test_vmap_is_rows(passes):
     arrays, _, _ = draw(128, batch=3)
     each = [x[:, None] for x in arrays]
-    want = kernel(*arrays, None, scale=1.0, interpret=INTERPRET)
-    got = jax.vmap(lambda *x: kernel(*x, None, scale=1.0, interpret=INTERPRET))(*each)
+    want = kernel(*arrays, None, scale=1.0, passes=passes, interpret=INTERPRET)
+    got = jax.vmap(lambda *x: kernel(*x, None, scale=1.0, passes=passes, interpret=INTERPRET))(*each)
     jax.tree.map(lambda w, x: np.testing.assert_array_equal(w, x[:, 0]), want, got)
 
 
+@passes_of_both
 def test_has_no_races(passes):
     arrays, d_out, d_state = draw(256, 128, 64, heads=(1, 1, 1))
-    check(arrays, d_out, d_state, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    check(arrays, d_out, d_state, passes=passes, interpret=plgpu.InterpretGPUParams(detect_races=True))
 
 
 @pytest.mark.slow
@@ -204,11 +205,21 @@ def test_refusals_say_why(change, message):
         scalar_decay(**inputs, implementation="mosaic_gpu", **options)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-def test_lowers_for_cuda(dim):
+@pytest.mark.parametrize(
+    ("dim", "passes", "kernels"),
+    [
+        (64, "scans", 4),  # forward, dq, dk, dv
+        (128, "scans", 4),
+        pytest.param(128, "pipelined", 4, marks=pytest.mark.slow),
+        (128, "chunks", 5),  # scores, forward, states, dv, dq with dk
+        (256, "chunks", 5),
+    ],
+)
+def test_lowers_for_cuda(dim, passes, kernels):
     arrays, d_out, d_state = draw(256, dim, dim)
-    both = jax.jit(lambda *x: results(lambda *y: kernel(*y, None, scale=1.0), x, d_out, d_state))
+    run = lambda *x: kernel(*x, None, scale=1.0, parts=1, passes=passes)  # noqa: E731
+    both = jax.jit(lambda *x: results(run, x, d_out, d_state))
     exported = export(both, platforms=["cuda"], disabled_checks=[DisabledSafetyCheck.custom_call("mosaic_gpu_v2")])(
         *arrays
     )
-    assert exported.mlir_module().count("mosaic_gpu_v2") >= 4  # forward, dq, dk, dv
+    assert exported.mlir_module().count("mosaic_gpu_v2") >= kernels
