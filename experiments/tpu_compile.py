@@ -2,18 +2,21 @@
 
     make tpu-compile        # brings libtpu, which is then not importable: JAX would look for a TPU
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_LIBRARY_PATH=.venv/libtpu/libtpu/libtpu.so \
-        python -m experiments.tpu_compile [mechanism ...]
+        python -m experiments.tpu_compile [--all] [mechanism ...]
 
-prints, per mechanism, shape, chip and pass (the backward one with the forward one before it): seconds to compile, the
-VMEM of the largest kernel (for tpu7x what is reserved, not what is used), HBM of the arguments, the outputs and what is
-temporary. It says nothing of speed or of numbers: tests/pallas_kernels runs the kernels in interpret mode.
+compiles the first shape for all chips and the backward pass, which has the forward one before it, of every other shape
+for one chip, in turn; with --all everything for every chip. It prints, per mechanism, shape, chip and pass: seconds to
+compile, the VMEM of the largest kernel (0: XLA put all there by itself), HBM of the arguments, the outputs and what
+is temporary. It says nothing of speed or of numbers: tests/pallas_kernels runs the kernels in interpret mode.
 """
 
+import os
 import re
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +58,8 @@ def windowed(q: Any, k: Any, v: Any, ids: Any, window: int | None, scale: float)
 def arguments(mechanism: str, shape: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
     """q, k, v, log_decay, initial_state and segment_ids."""
     batch, length, heads, key_heads, key_dim, value_dim, dtype = shape
-    length = 1 if mechanism.endswith("step") else length
+    if mechanism.endswith("step"):
+        batch, length = 64, 1  # states that VMEM does not hold
     keys = jax.ShapeDtypeStruct((batch, length, key_heads, key_dim), dtype)
     value_heads = key_heads if mechanism.startswith("attention") else heads
     values = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), dtype)
@@ -79,40 +83,60 @@ def forward_and_backward(kernel: Callable[..., Any]) -> dict[str, Callable[..., 
 
 def vmem(program: str) -> int:
     """Bytes of the largest scoped allocation of the kernels of a compiled program."""
-    kernels = "".join(line for line in program.splitlines() if "tpu_custom_call" in line)
-    return max(map(int, re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', kernels)), default=0)
+    kernels = program.split('custom_call_target="tpu_custom_call"')[1:]
+    configs = [re.search(r'"used_scoped_memory_configs":\[(.*?)\]', kernel) for kernel in kernels]
+    sizes = [re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', config[1]) for config in configs if config]
+    return max((int(size) for found in sizes for size in found), default=0)
+
+
+class Case(NamedTuple):
+    mechanism: str
+    label: str
+    chip: str
+    name: str  # of the pass
+
+
+def cases(mechanisms: list[str], everything: bool) -> Iterator[Case]:
+    for mechanism in mechanisms:
+        for number, label in enumerate(SHAPES):
+            if mechanism.endswith("step") and label == "ragged":  # refused: its state would have to be filled up
+                continue
+            chips = list(TOPOLOGIES)
+            whole = everything or number == 0
+            for chip in chips if whole else [chips[number % len(chips)]]:
+                yield from (Case(mechanism, label, chip, name) for name in ("forward", "backward")[not whole :])
+
+
+def report(case: Case) -> tuple[bool, str]:
+    """Whether it compiles, and a line of figures or of the error."""
+    title = f"{case.mechanism} {case.label:12s} {case.chip:5s} {case.name:8s}"
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[case.chip]).devices
+    mesh = Mesh(devices[:1], ("data",))
+    function = forward_and_backward(MECHANISMS[case.mechanism])[case.name]
+    began = time.perf_counter()
+    traced = jax.jit(function, in_shardings=NamedSharding(mesh, PartitionSpec()))
+    try:
+        with use_abstract_mesh(mesh.abstract_mesh):
+            compiled = traced.lower(*arguments(case.mechanism, SHAPES[case.label])).compile()
+    except Exception as error:
+        return False, f"{title} FAILED {str(error)[:300]}"
+    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    assert memory is not None
+    sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    hbm = " ".join(f"{size / 2**20:7.1f}" for size in sizes)
+    scoped = vmem(compiled.as_text() or "") / 2**20
+    figures = f"{seconds:5.1f} s  VMEM {scoped:5.2f} MiB  HBM arguments, outputs, temporary {hbm} MiB"
+    return True, f"{title} {figures}"
 
 
 def main(names: list[str]) -> int:
+    """The number of failures."""
+    mechanisms = [name for name in names if name != "--all"] or list(MECHANISMS)
     failures = 0
-    for mechanism in names or list(MECHANISMS):
-        kernel = MECHANISMS[mechanism]
-        for label, shape in SHAPES.items():
-            if mechanism.endswith("step") and label == "ragged":  # refused: its state would have to be filled up
-                continue
-            for chip, topology in TOPOLOGIES.items():
-                devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-                mesh = Mesh(devices[:1], ("data",))
-                for name, function in forward_and_backward(kernel).items():
-                    began = time.perf_counter()
-                    traced = jax.jit(function, in_shardings=NamedSharding(mesh, PartitionSpec()))
-                    try:
-                        with use_abstract_mesh(mesh.abstract_mesh):
-                            compiled = traced.lower(*arguments(mechanism, shape)).compile()
-                    except Exception as error:
-                        failures += 1
-                        print(f"{mechanism} {label:12s} {chip:5s} {name:8s} FAILED {str(error)[:300]}", flush=True)
-                        continue
-                    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
-                    assert memory is not None
-                    sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-                    hbm = " ".join(f"{size / 2**20:7.1f}" for size in sizes)
-                    scoped = vmem(compiled.as_text() or "") / 2**20
-                    print(
-                        f"{mechanism} {label:12s} {chip:5s} {name:8s} {seconds:5.1f} s  VMEM {scoped:5.2f} MiB  "
-                        f"HBM arguments, outputs, temporary {hbm} MiB",
-                        flush=True,
-                    )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler is not Python
+        for compiles, line in pool.map(report, cases(mechanisms, "--all" in names)):
+            failures += not compiles
+            print(line, flush=True)
     return failures
 
 

@@ -38,7 +38,6 @@ on v5p. No time has been measured.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -46,13 +45,26 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mosaic_tpu.blocks import (
+    BLOCK,
+    CHUNK,
+    LANES,
+    ZERO_DECAY,
+    Plan,
+    check_support,
+    differentiable_once,
+    document_starts,
+    dot,
+    fill,
+    lanes,
+    run_forward,
+    sum_groups,
+    times,
+    tokens_of,
+)
+
 __all__ = ["scalar_decay"]
 
-CHUNK = 128
-BLOCK = 4  # chunks per step of the grid at most
-LANES = 128
-LARGEST = 256  # K and V
-ZERO_DECAY = -120.0  # e^-120 is 0 in float32
 STEP = 1 / 256
 NOTHING = -1e30  # an exponent that no other one brings back
 
@@ -92,144 +104,98 @@ def scalar_decay(
     """
     batch, length, _, key_dim = q.shape
     heads, value_dim = initial_state.shape[1], v.shape[-1]
-    _check_support(q, k, v, heads)
+    check_support(q, k, v, heads)
     padding = -length % CHUNK
     if padding and segment_ids is None:
         segment_ids = jnp.zeros((batch, length), jnp.int32)
     if segment_ids is not None:
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
-    fill = lambda x, *axes: jnp.pad(x, [(0, axes[i] if i < len(axes) else 0) for i in range(x.ndim)])  # noqa: E731
     key_fill, value_fill = -key_dim % LANES, -value_dim % LANES
     out, state = _scalar_decay(
+        Call(scale, interpret),
         fill(q, 0, padding, 0, key_fill),
         fill(k, 0, padding, 0, key_fill),
         fill(v, 0, padding, 0, value_fill),
         fill(log_decay, 0, padding),
         fill(initial_state, 0, 0, key_fill, value_fill),
         segment_ids,
-        scale,
-        interpret,
     )
     return out[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]
-
-
-def _check_support(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> None:
-    if q.dtype not in (jnp.bfloat16, jnp.float32) or not q.dtype == k.dtype == v.dtype:
-        dtypes = ", ".join(str(x.dtype) for x in (q, k, v))
-        raise NotImplementedError(f"q, k and v are {dtypes}; needs bfloat16 or float32, all alike")
-    if 0 in q.shape or 0 in v.shape:
-        raise NotImplementedError(f"q {q.shape} or v {v.shape} is empty")
-    if max(q.shape[-1], v.shape[-1]) > LARGEST:
-        raise NotImplementedError(
-            f"K = {q.shape[-1]}, V = {v.shape[-1]}; needs {LARGEST} at most: VMEM holds whole states"
-        )
-    if any(heads % x.shape[2] for x in (q, k, v)):
-        counts = [x.shape[2] for x in (q, k, v)]
-        raise NotImplementedError(f"q, k and v have {counts} heads; needs counts that divide the {heads} of the state")
 
 
 # What follows takes T in multiples of CHUNK, K and V in multiples of LANES.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _scalar_decay(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array,
-    initial_state: jax.Array,
-    segment_ids: jax.Array | None,
-    scale: float,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
-    out, state = _forward(q, k, v, log_decay, initial_state, segment_ids, scale, interpret, keep_entering=False)
+class Call(NamedTuple):
+    scale: float
+    interpret: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scalar_decay(call: Call, *inputs: Any) -> tuple[jax.Array, jax.Array]:
+    out, state = _run_forward(call, *inputs, keep_entering=False)
     return out, state
 
 
-def _scalar_decay_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array,
-    initial_state: jax.Array,
-    segment_ids: jax.Array | None,
-    scale: float,
-    interpret: Any,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    out, state, entering = _forward(
-        q, k, v, log_decay, initial_state, segment_ids, scale, interpret, keep_entering=True
-    )
+def _forward(call: Call, *inputs: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+    inputs = differentiable_once(inputs)
+    out, state, entering = _run_forward(call, *inputs, keep_entering=True)
+    q, k, v, log_decay, _, segment_ids = inputs
     return (out, state), (q, k, v, log_decay, segment_ids, entering)
 
 
-def _scalar_decay_backward(
-    scale: float, interpret: Any, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
+def _backward(
+    call: Call, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
-    q, k, v, log_decay, segment_ids, entering = residuals
-    d_out, d_state = cotangents
-    heads, key_dim, value_dim = d_state.shape[1:]
-    plan = _Plan(q, d_state, reverse=True)
-    gates = _gate_tiles(log_decay, segment_ids, scale)
+    (q, k, v, log_decay, segment_ids, entering), (d_out, d_state) = differentiable_once((residuals, cotangents))
+    plan = _plan(q, d_state, reverse=True)
+    gates = _gate_tiles(log_decay, segment_ids, call.scale)
+    key_lanes, value_lanes, tiles = plan.lanes(q.shape[-1]), plan.lanes(v.shape[-1]), plan.tiles_of_heads()
     dq, dk, dv, d_gates, d_initial_state = pl.pallas_call(
-        functools.partial(_backward_kernel, scale=scale),
+        functools.partial(_backward_kernel, scale=call.scale),
         grid=plan.grid,
-        in_specs=[*map(plan.tokens, (q, k, v)), plan.tiles(), plan.entering(), plan.tokens(d_out), plan.state()],
-        out_specs=[plan.lanes(key_dim), plan.lanes(key_dim), plan.lanes(value_dim), plan.tiles(), plan.state()],
-        out_shape=[
-            plan.array((*q.shape[:2], heads * key_dim), q.dtype),
-            plan.array((*k.shape[:2], heads * key_dim), k.dtype),
-            plan.array((*v.shape[:2], heads * value_dim), v.dtype),
-            plan.array(gates.shape, jnp.float32),
-            plan.array(d_state.shape, jnp.float32),
-        ],
-        scratch_shapes=[pltpu.VMEM((plan.chunks, key_dim, value_dim), jnp.float32)],
+        in_specs=[*map(plan.tokens, (q, k, v)), tiles, plan.entering(), plan.tokens(d_out), plan.state()],
+        out_specs=[key_lanes, key_lanes, value_lanes, tiles, plan.state()],
+        out_shape=[*map(plan.array_of_heads, (q, k, v)), plan.array(gates.shape), plan.array(d_state.shape)],
+        scratch_shapes=[pltpu.VMEM((plan.chunks, *plan.state_shape), jnp.float32)],
         compiler_params=plan.compiler_params,
-        interpret=interpret,
+        interpret=call.interpret,
         name="scalar_decay_backward",
-    )(_lanes(q), _lanes(k), _lanes(v), gates, entering, _lanes(d_out.astype(q.dtype)), d_state)
-    groups = lambda d, x: _sum_groups(d.reshape(*x.shape[:2], heads, x.shape[-1]), x)  # noqa: E731
+    )(*map(lanes, (q, k, v)), gates, entering, lanes(d_out.astype(q.dtype)), d_state)
     d_log_decay = _gate_gradient(d_gates, segment_ids)
-    return groups(dq, q), groups(dk, k), groups(dv, v), d_log_decay, d_initial_state, None
+    return sum_groups(dq, q), sum_groups(dk, k), sum_groups(dv, v), d_log_decay, d_initial_state, None
 
 
-_scalar_decay.defvjp(_scalar_decay_forward, _scalar_decay_backward)
+_scalar_decay.defvjp(_forward, _backward)
 
 
-def _forward(
+def _plan(q: jax.Array, state: jax.Array, *, reverse: bool) -> Plan:
+    most = BLOCK if max(state.shape[2:]) * q.dtype.itemsize <= 512 else BLOCK // 2  # as VMEM allows
+    return Plan(q, state, most, reverse=reverse)
+
+
+def _run_forward(
+    call: Call,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     log_decay: jax.Array,
     initial_state: jax.Array,
     segment_ids: jax.Array | None,
-    scale: float,
-    interpret: Any,
     *,
     keep_entering: bool,
 ) -> tuple[jax.Array, ...]:
-    """out, the final state, and with `keep_entering` the state that enters each block [B, H, T / block, K, V]."""
-    batch, length, _, _ = q.shape
-    heads, key_dim, value_dim = initial_state.shape[1:]
-    plan = _Plan(q, initial_state, reverse=False)
-    out_specs = [plan.lanes(value_dim), plan.state()]
-    out_shape = [
-        plan.array((batch, length, heads * value_dim), q.dtype),
-        plan.array(initial_state.shape, jnp.float32),
-    ]
-    if keep_entering:
-        out_specs.append(plan.entering())
-        out_shape.append(plan.array((batch, heads, plan.grid[2], key_dim, value_dim), jnp.float32))
-    out, *states = pl.pallas_call(
-        functools.partial(_forward_kernel, scale=scale),
-        grid=plan.grid,
-        in_specs=[*map(plan.tokens, (q, k, v)), plan.tiles(), plan.state()],
-        out_specs=out_specs,
-        out_shape=out_shape,
-        compiler_params=plan.compiler_params,
-        interpret=interpret,
+    plan = _plan(q, initial_state, reverse=False)
+    return run_forward(
+        plan,
+        functools.partial(_forward_kernel, scale=call.scale),
+        (q, k, v),
+        [(_gate_tiles(log_decay, segment_ids, call.scale), plan.tiles_of_heads())],
+        initial_state,
+        keep_entering=keep_entering,
         name="scalar_decay_forward",
-    )(_lanes(q), _lanes(k), _lanes(v), _gate_tiles(log_decay, segment_ids, scale), initial_state)
-    return out.reshape(batch, length, heads, value_dim), *states
+        interpret=call.interpret,
+    )
 
 
 # The kernels: one block of one head of one row.
@@ -246,11 +212,11 @@ def _forward_kernel(
     for entering_ref in entering:
         entering_ref[...] = state_ref[...]
     for chunk in range(gates_ref.shape[0]):
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        tokens = tokens_of(chunk)
         q, k, v = q_ref[tokens, :], k_ref[tokens, :], v_ref[tokens, :]
         gates, state = _Gates.of(gates_ref[chunk], scale), state_ref[...]
-        inside = _dot(_times(_dot(q, k, 1, 1), gates.decay, v.dtype), v, 1, 0)
-        read = gates.read * _dot(q, state.astype(q.dtype), 1, 0)
+        inside = dot(times(dot(q, k, 1, 1), gates.decay, v.dtype), v, 1, 0)
+        read = gates.read * dot(q, state.astype(q.dtype), 1, 0)
         out_ref[tokens, :] = (inside + read).astype(out_ref.dtype)
         state_ref[...] = _next_state(state, k, v, gates)
 
@@ -267,27 +233,27 @@ def _backward_kernel(
     chunks = gates_ref.shape[0]
     states_ref[0] = entering_ref[...]
     for chunk in range(chunks - 1):
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        tokens = tokens_of(chunk)
         gates = _Gates.of(gates_ref[chunk], scale)
         states_ref[chunk + 1] = _next_state(states_ref[chunk], k_ref[tokens, :], v_ref[tokens, :], gates)
 
     for chunk in reversed(range(chunks)):
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        tokens = tokens_of(chunk)
         q, k, v, d_out = q_ref[tokens, :], k_ref[tokens, :], v_ref[tokens, :], d_out_ref[tokens, :]
         gates, state, d_state = _Gates.of(gates_ref[chunk], scale), states_ref[chunk], d_state_ref[...]
-        scores = _dot(q, k, 1, 1)
-        d_scores = _dot(d_out, v, 1, 1) * gates.decay
+        scores = dot(q, k, 1, 1)
+        d_scores = dot(d_out, v, 1, 1) * gates.decay
         pairs = jnp.where(_distance() > 0, scores * d_scores, 0)
-        scores, d_scores = _times(scores, gates.decay, q.dtype), d_scores.astype(q.dtype)
+        scores, d_scores = times(scores, gates.decay, q.dtype), d_scores.astype(q.dtype)
         rounded = d_state.astype(q.dtype)
 
-        dq_read = gates.read * _dot(d_out, state.astype(q.dtype), 1, 1)
-        dk_written = gates.write * _dot(v, rounded, 1, 1)
-        dv_written = gates.write * _dot(k, rounded, 1, 0)
-        dq_ref[tokens, :] = (_dot(d_scores, k, 1, 0) + dq_read).astype(dq_ref.dtype)
-        dk_ref[tokens, :] = (_dot(d_scores, q, 0, 0) + dk_written).astype(dk_ref.dtype)
-        dv_ref[tokens, :] = (_dot(scores, d_out, 0, 0) + dv_written).astype(dv_ref.dtype)
-        d_state_ref[...] = gates.keep * d_state + _dot(_times(q, gates.read, q.dtype), d_out, 0, 0)
+        dq_read = gates.read * dot(d_out, state.astype(q.dtype), 1, 1)
+        dk_written = gates.write * dot(v, rounded, 1, 1)
+        dv_written = gates.write * dot(k, rounded, 1, 0)
+        dq_ref[tokens, :] = (dot(d_scores, k, 1, 0) + dq_read).astype(dq_ref.dtype)
+        dk_ref[tokens, :] = (dot(d_scores, q, 0, 0) + dk_written).astype(dk_ref.dtype)
+        dv_ref[tokens, :] = (dot(scores, d_out, 0, 0) + dv_written).astype(dv_ref.dtype)
+        d_state_ref[...] = gates.keep * d_state + dot(times(q, gates.read, q.dtype), d_out, 0, 0)
 
         after = jnp.sum(pairs, 1, keepdims=True) + jnp.sum(q * dq_read, 1, keepdims=True)
         before = jnp.sum(k * dk_written, 1, keepdims=True)
@@ -299,19 +265,7 @@ def _backward_kernel(
 
 
 def _next_state(state: jax.Array, k: jax.Array, v: jax.Array, gates: "_Gates") -> jax.Array:
-    return gates.keep * state + _dot(_times(k, gates.write, k.dtype), v, 0, 0)
-
-
-def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """The product over an axis of each, accumulated in float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    axes = (((x_axis,), (y_axis,)), ((), ()))
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _times(x: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
-    """The product in float32, rounded once."""
-    return (x * factor).astype(dtype)
+    return gates.keep * state + dot(times(k, gates.write, k.dtype), v, 0, 0)
 
 
 def _distance() -> jax.Array:
@@ -348,7 +302,7 @@ def _gate_tiles(log_decay: jax.Array, segment_ids: jax.Array | None, scale: floa
     real = jnp.ones((batch, length, 1), bool)
     if segment_ids is not None:
         real = (segment_ids >= 0)[..., None]
-        gates = jnp.where(_document_starts(segment_ids)[..., None], ZERO_DECAY, jnp.where(real, gates, 0))
+        gates = jnp.where(document_starts(segment_ids)[..., None], ZERO_DECAY, jnp.where(real, gates, 0))
     chunks = lambda x: x.swapaxes(1, 2).reshape(batch, -1, length // CHUNK, CHUNK)  # noqa: E731
     gates, real = chunks(gates), chunks(real)
     steps = jnp.round(gates / STEP)
@@ -376,60 +330,4 @@ def _gate_gradient(tiles: jax.Array, segment_ids: jax.Array | None) -> jax.Array
     gradient = gradient.reshape(batch, heads, -1).swapaxes(1, 2)
     if segment_ids is None:
         return gradient
-    return jnp.where(((segment_ids >= 0) & ~_document_starts(segment_ids))[..., None], gradient, 0)
-
-
-def _document_starts(segment_ids: jax.Array) -> jax.Array:
-    """[B, T] the first token of every document but the first of a row: to that one belongs the state before the row."""
-    before = jax.lax.cummax(jnp.maximum(segment_ids, -1), axis=1)[:, :-1]
-    before = jnp.pad(before, ((0, 0), (1, 0)), constant_values=-1)
-    return (segment_ids >= 0) & (before >= 0) & (segment_ids != before)
-
-
-# The layout in HBM, and which block of it a step of the grid has.
-
-
-class _Plan:
-    """Blocks of T / block steps, in the order of time or `reverse`."""
-
-    def __init__(self, tokens: jax.Array, state: jax.Array, reverse: bool) -> None:
-        batch, length = tokens.shape[:2]
-        chunks = length // CHUNK
-        largest = BLOCK if max(state.shape[2:]) * tokens.dtype.itemsize <= 512 else BLOCK // 2  # as VMEM allows
-        self.chunks = next(n for n in range(largest, 0, -1) if chunks % n == 0)
-        self.grid = (batch, state.shape[1], chunks // self.chunks)
-        self.state_shape = state.shape[2:]
-        self.like = state
-        self.compiler_params = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-        self._time: Callable[[Any], Any] = (lambda n: self.grid[2] - 1 - n) if reverse else (lambda n: n)
-
-    def array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        """An output that varies over the manual mesh axes that the inputs vary over."""
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(self.like).manual_axis_type)
-
-    def tokens(self, x: jax.Array) -> pl.BlockSpec:
-        """A block of the head of x [B, T, heads, D] that serves the head of the step."""
-        return self.lanes(x.shape[-1], self.grid[1] // x.shape[2])
-
-    def lanes(self, dim: int, group: int = 1) -> pl.BlockSpec:
-        return pl.BlockSpec((None, self.chunks * CHUNK, dim), lambda b, h, n: (b, self._time(n), h // group))
-
-    def tiles(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, self.chunks, 8, CHUNK), lambda b, h, n: (b, h, self._time(n), 0, 0))
-
-    def state(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *self.state_shape), lambda b, h, n: (b, h, 0, 0))
-
-    def entering(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, None, *self.state_shape), lambda b, h, n: (b, h, self._time(n), 0, 0))
-
-
-def _lanes(x: jax.Array) -> jax.Array:
-    """[B, T, H, D] -> [B, T, H D]."""
-    return x.reshape(*x.shape[:2], -1)
-
-
-def _sum_groups(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    """[B, T, H, D] -> the shape of x: a head of x serves H / heads consecutive ones."""
-    groups = gradient.reshape(*x.shape[:3], -1, x.shape[-1])
-    return jnp.sum(groups, 3, dtype=jnp.float32).astype(x.dtype)
+    return jnp.where(((segment_ids >= 0) & ~document_starts(segment_ids))[..., None], gradient, 0)

@@ -51,7 +51,6 @@ K bytes and 170 K^2 flops backward, 789 and 989 flops a byte. By their data shee
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,14 +58,38 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["vector_decay"]
+from pallas_kernels.mosaic_tpu.blocks import (
+    BLOCK,
+    CHUNK,
+    LANES,
+    ZERO_DECAY,
+    Plan,
+    check_support,
+    differentiable_once,
+    document_starts,
+    dot,
+    fill,
+    lanes,
+    run_forward,
+    sum_groups,
+    times,
+    tokens_of,
+    vary_like,
+)
+from pallas_kernels.mosaic_tpu.gate_sums import (
+    LEVELS,
+    cut,
+    diagonal,
+    level_gates,
+    pairs_of,
+    read_gates,
+    sums,
+    to_column,
+    to_row,
+    write_gates,
+)
 
-CHUNK = 128
-LEVELS = 7  # log2 of CHUNK
-BLOCK = 4  # chunks per step of the grid at most
-LANES = 128
-LARGEST = 256  # K and V
-ZERO_DECAY = -120.0  # e^-120 is 0 in float32
+__all__ = ["vector_decay"]
 
 
 def vector_decay(
@@ -106,7 +129,7 @@ def vector_decay(
     """
     batch, length, _, key_dim = q.shape
     heads, value_dim = initial_state.shape[1], v.shape[-1]
-    _check_support(q, k, v, heads)
+    check_support(q, k, v, heads)
     padding = -length % CHUNK
     if segment_ids is None:
         segment_ids = jnp.zeros((batch, length), jnp.int32)
@@ -114,136 +137,79 @@ def vector_decay(
     before = bonus is not None
     bonus = jnp.ones((heads, key_dim), jnp.float32) if bonus is None else bonus.astype(jnp.float32)
     # A row of its own for every row of the batch: their gradients are summed by the rule of the broadcast.
-    bonus = _vary_like(initial_state, jnp.broadcast_to(bonus[None, :, None], (batch, heads, 1, key_dim)))
-    fill = lambda x, *axes: jnp.pad(x, [(0, axes[i] if i < len(axes) else 0) for i in range(x.ndim)])  # noqa: E731
+    bonus = vary_like(initial_state, jnp.broadcast_to(bonus[None, :, None], (batch, heads, 1, key_dim)))
     key_fill, value_fill = -key_dim % LANES, -value_dim % LANES
     out, state = _vector_decay(
+        Call(before, scale, interpret),
         fill(q, 0, padding, 0, key_fill),
         fill(k, 0, padding, 0, key_fill),
         fill(v, 0, padding, 0, value_fill),
         fill(log_decay.astype(jnp.float32), 0, padding, 0, key_fill),
         fill(bonus, 0, 0, 0, key_fill),
         fill(initial_state, 0, 0, key_fill, value_fill),
-        _vary_like(initial_state, _token_tiles(segment_ids)),
-        before,
-        scale,
-        interpret,
+        vary_like(initial_state, _token_tiles(segment_ids)),
     )
     return out[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]
-
-
-def _check_support(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> None:
-    if q.dtype not in (jnp.bfloat16, jnp.float32) or not q.dtype == k.dtype == v.dtype:
-        dtypes = ", ".join(str(x.dtype) for x in (q, k, v))
-        raise NotImplementedError(f"q, k and v are {dtypes}; needs bfloat16 or float32, all alike")
-    if 0 in q.shape or 0 in v.shape:
-        raise NotImplementedError(f"q {q.shape} or v {v.shape} is empty")
-    if max(q.shape[-1], v.shape[-1]) > LARGEST:
-        raise NotImplementedError(
-            f"K = {q.shape[-1]}, V = {v.shape[-1]}; needs {LARGEST} at most: VMEM holds whole states"
-        )
-    if any(heads % x.shape[2] for x in (q, k, v)):
-        counts = [x.shape[2] for x in (q, k, v)]
-        raise NotImplementedError(f"q, k and v have {counts} heads; needs counts that divide the {heads} of the state")
-
-
-def _vary_like(like: jax.Array, x: jax.Array) -> jax.Array:
-    """x, typed as varying over the manual mesh axes that `like` varies over."""
-    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 # What follows takes T in multiples of CHUNK, K and V in multiples of LANES.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def _vector_decay(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array,
-    bonus: jax.Array,
-    initial_state: jax.Array,
-    token_tiles: jax.Array,
-    before: bool,
-    scale: float,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
-    inputs = (q, k, v, log_decay, bonus, initial_state, token_tiles)
-    out, state = _forward(*inputs, before, scale, interpret, keep_entering=False)
+class Call(NamedTuple):
+    before: bool  # whether reads are before the write
+    scale: float
+    interpret: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vector_decay(call: Call, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    out, state = _run_forward(call, *inputs, keep_entering=False)
     return out, state
 
 
-def _vector_decay_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array,
-    bonus: jax.Array,
-    initial_state: jax.Array,
-    token_tiles: jax.Array,
-    before: bool,
-    scale: float,
-    interpret: Any,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    inputs = (q, k, v, log_decay, bonus, initial_state, token_tiles)
-    out, state, entering = _forward(*inputs, before, scale, interpret, keep_entering=True)
+def _forward(call: Call, *inputs: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    inputs = differentiable_once(inputs)
+    out, state, entering = _run_forward(call, *inputs, keep_entering=True)
+    q, k, v, log_decay, bonus, _, token_tiles = inputs
     return (out, state), (q, k, v, log_decay, bonus, token_tiles, entering)
 
 
-def _vector_decay_backward(
-    before: bool,
-    scale: float,
-    interpret: Any,
-    residuals: tuple[jax.Array, ...],
-    cotangents: tuple[jax.Array, jax.Array],
+def _backward(
+    call: Call, residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
-    q, k, v, log_decay, bonus, token_tiles, entering = residuals
-    d_out, d_state = cotangents
-    heads, key_dim, value_dim = d_state.shape[1:]
-    plan = _Plan(q, d_state, reverse=True)
+    (q, k, v, log_decay, bonus, token_tiles, entering), (d_out, d_state) = differentiable_once((residuals, cotangents))
+    plan = _plan(q, d_state, reverse=True)
+    key_lanes, value_lanes, of_bonus = plan.lanes(q.shape[-1]), plan.lanes(v.shape[-1]), plan.of_head(1, q.shape[-1])
     tokens = [*map(plan.tokens, (q, k, v, log_decay))]
     dq, dk, dv, d_log_decay, d_bonus, d_initial_state = pl.pallas_call(
-        functools.partial(_backward_kernel, before=before, scale=scale),
+        functools.partial(_backward_kernel, before=call.before, scale=call.scale),
         grid=plan.grid,
-        in_specs=[*tokens, plan.bonus(), plan.tiles(), plan.entering(), plan.tokens(d_out), plan.state()],
-        out_specs=[
-            plan.lanes(key_dim),
-            plan.lanes(key_dim),
-            plan.lanes(value_dim),
-            plan.lanes(key_dim),
-            plan.bonus(),
-            plan.state(),
-        ],
+        in_specs=[*tokens, of_bonus, plan.tiles(), plan.entering(), plan.tokens(d_out), plan.state()],
+        out_specs=[key_lanes, key_lanes, value_lanes, key_lanes, of_bonus, plan.state()],
         out_shape=[
-            plan.array((*q.shape[:2], heads * key_dim), q.dtype),
-            plan.array((*k.shape[:2], heads * key_dim), k.dtype),
-            plan.array((*v.shape[:2], heads * value_dim), v.dtype),
-            plan.array((*q.shape[:2], heads * key_dim), jnp.float32),
-            plan.array(bonus.shape, jnp.float32),
-            plan.array(d_state.shape, jnp.float32),
+            *map(plan.array_of_heads, (q, k, v, log_decay)),
+            plan.array(bonus.shape),
+            plan.array(d_state.shape),
         ],
-        scratch_shapes=[pltpu.VMEM((plan.chunks, key_dim, value_dim), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((plan.chunks, *plan.state_shape), jnp.float32)],
         compiler_params=plan.compiler_params,
-        interpret=interpret,
+        interpret=call.interpret,
         name="vector_decay_backward",
-    )(
-        *map(_lanes, (q, k, v, log_decay)),
-        bonus,
-        token_tiles,
-        entering,
-        _lanes(d_out.astype(q.dtype)),
-        d_state,
-    )
-    groups = lambda d, x: _sum_groups(d.reshape(*x.shape[:2], heads, x.shape[-1]), x)  # noqa: E731
+    )(*map(lanes, (q, k, v, log_decay)), bonus, token_tiles, entering, lanes(d_out.astype(q.dtype)), d_state)
     d_log_decay = d_log_decay.reshape(log_decay.shape)
-    return groups(dq, q), groups(dk, k), groups(dv, v), d_log_decay, d_bonus, d_initial_state, None
+    return sum_groups(dq, q), sum_groups(dk, k), sum_groups(dv, v), d_log_decay, d_bonus, d_initial_state, None
 
 
-_vector_decay.defvjp(_vector_decay_forward, _vector_decay_backward)
+_vector_decay.defvjp(_forward, _backward)
 
 
-def _forward(
+def _plan(q: jax.Array, state: jax.Array, *, reverse: bool) -> Plan:
+    most = BLOCK if max(state.shape[2:]) <= LANES else BLOCK // 2  # as VMEM allows
+    return Plan(q, state, most, reverse=reverse)
+
+
+def _run_forward(
+    call: Call,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -251,35 +217,20 @@ def _forward(
     bonus: jax.Array,
     initial_state: jax.Array,
     token_tiles: jax.Array,
-    before: bool,
-    scale: float,
-    interpret: Any,
     *,
     keep_entering: bool,
 ) -> tuple[jax.Array, ...]:
-    """out, the final state, and with `keep_entering` the state that enters each block [B, H, T / block, K, V]."""
-    batch, length, _, _ = q.shape
-    heads, key_dim, value_dim = initial_state.shape[1:]
-    plan = _Plan(q, initial_state, reverse=False)
-    out_specs = [plan.lanes(value_dim), plan.state()]
-    out_shape = [
-        plan.array((batch, length, heads * value_dim), q.dtype),
-        plan.array(initial_state.shape, jnp.float32),
-    ]
-    if keep_entering:
-        out_specs.append(plan.entering())
-        out_shape.append(plan.array((batch, heads, plan.grid[2], key_dim, value_dim), jnp.float32))
-    out, *states = pl.pallas_call(
-        functools.partial(_forward_kernel, before=before, scale=scale),
-        grid=plan.grid,
-        in_specs=[*map(plan.tokens, (q, k, v, log_decay)), plan.bonus(), plan.tiles(), plan.state()],
-        out_specs=out_specs,
-        out_shape=out_shape,
-        compiler_params=plan.compiler_params,
-        interpret=interpret,
+    plan = _plan(q, initial_state, reverse=False)
+    return run_forward(
+        plan,
+        functools.partial(_forward_kernel, before=call.before, scale=call.scale),
+        (q, k, v, log_decay),
+        [(bonus, plan.of_head(1, q.shape[-1])), (token_tiles, plan.tiles())],
+        initial_state,
+        keep_entering=keep_entering,
         name="vector_decay_forward",
-    )(*map(_lanes, (q, k, v, log_decay)), bonus, token_tiles, initial_state)
-    return out.reshape(batch, length, heads, value_dim), *states
+        interpret=call.interpret,
+    )
 
 
 # The kernels: one block of one head of one row. What is [C, K] is float32.
@@ -297,17 +248,17 @@ def _forward_kernel(
         entering_ref[...] = state_ref[...]
 
     def step(chunk: Any, _: None) -> None:
-        tokens = _tokens_of(chunk)
+        tokens = tokens_of(chunk)
         x = _Chunk.of(q_ref[tokens, :], k_ref[tokens, :], g_ref[tokens, :], tiles_ref[chunk], before)
         v, state = v_ref[tokens, :], state_ref[...]
-        scores = _diagonal(jnp.sum(x.q * bonus_ref[...] * x.k, 1, keepdims=True))
+        scores = diagonal(jnp.sum(x.q * bonus_ref[...] * x.k, 1, keepdims=True))
         for level in range(LEVELS):
-            decay = x.decay(_level(level, before))
-            of_level = _dot(_times(x.q_before, decay, v.dtype), _times(x.k, decay, v.dtype), 1, 1)
-            scores = jnp.where(_pairs(level), of_level, scores)
-        inside = _dot(_times(scores, scale, v.dtype), v, 1, 0)
-        reading = scale * x.decay(_reads(before))
-        read = _dot(_times(x.q_before, reading, v.dtype), state.astype(v.dtype), 1, 0)
+            decay = x.decay(level_gates(level, before))
+            of_level = dot(times(x.q_before, decay, v.dtype), times(x.k, decay, v.dtype), 1, 1)
+            scores = jnp.where(pairs_of(level), of_level, scores)
+        inside = dot(times(scores, scale, v.dtype), v, 1, 0)
+        reading = scale * x.decay(read_gates(before))
+        read = dot(times(x.q_before, reading, v.dtype), state.astype(v.dtype), 1, 0)
         out_ref[tokens, :] = (inside + read).astype(out_ref.dtype)
         state_ref[...] = _next_state(state, v, x)
 
@@ -327,7 +278,7 @@ def _backward_kernel(
     chunks = tiles_ref.shape[0]
 
     def of(chunk: Any) -> tuple[Any, _Chunk, jax.Array]:
-        tokens = _tokens_of(chunk)
+        tokens = tokens_of(chunk)
         x = _Chunk.of(q_ref[tokens, :], k_ref[tokens, :], g_ref[tokens, :], tiles_ref[chunk], before)
         return tokens, x, v_ref[tokens, :]
 
@@ -341,37 +292,37 @@ def _backward_kernel(
         d_out, bonus, state, d_state = d_out_ref[tokens, :], bonus_ref[...], states_ref[chunk], d_state_ref[...]
         dtype = v.dtype
 
-        d_scores = scale * _dot(d_out, v, 1, 1)
-        d_diagonal = jnp.sum(_diagonal(d_scores), 1, keepdims=True)
-        scores = _diagonal(jnp.sum(x.q * bonus * x.k, 1, keepdims=True))
+        d_scores = scale * dot(d_out, v, 1, 1)
+        d_diagonal = jnp.sum(diagonal(d_scores), 1, keepdims=True)
+        scores = diagonal(jnp.sum(x.q * bonus * x.k, 1, keepdims=True))
         dq_before, dk, dg = jnp.zeros_like(x.q), d_diagonal * bonus * x.q, jnp.zeros_like(x.q)
         for level in range(LEVELS):
-            decay = x.decay(_level(level, before))
-            q, k = _times(x.q_before, decay, dtype), _times(x.k, decay, dtype)
-            scores = jnp.where(_pairs(level), _dot(q, k, 1, 1), scores)
-            d_of_level = jnp.where(_pairs(level), d_scores, 0).astype(dtype)
-            dq_of_level = decay * _dot(d_of_level, k, 1, 0)
-            dk_of_level = decay * _dot(d_of_level, q, 0, 0)
+            decay = x.decay(level_gates(level, before))
+            q, k = times(x.q_before, decay, dtype), times(x.k, decay, dtype)
+            scores = jnp.where(pairs_of(level), dot(q, k, 1, 1), scores)
+            d_of_level = jnp.where(pairs_of(level), d_scores, 0).astype(dtype)
+            dq_of_level = decay * dot(d_of_level, k, 1, 0)
+            dk_of_level = decay * dot(d_of_level, q, 0, 0)
             dq_before, dk = dq_before + dq_of_level, dk + dk_of_level
-            dg += _sums(_level(level, before, 1), _parts(x.q_before * dq_of_level + x.k * dk_of_level))
+            dg += sums(level_gates(level, before, 1), cut(x.q_before * dq_of_level + x.k * dk_of_level))
 
         rounded = d_state.astype(dtype)
-        reading, writing = scale * x.decay(_reads(before)), x.decay(_writes())
-        dq_read = reading * _dot(d_out, state.astype(dtype), 1, 1)
-        dk_written = writing * _dot(v, rounded, 1, 1)
-        dg += _sums(_reads(before, 1), _parts(x.q_before * dq_read))
-        dg += _sums(_writes(1), _parts(x.k * dk_written))
-        dg += _row(x.keep * jnp.sum(state * d_state, 1, keepdims=True))
+        reading, writing = scale * x.decay(read_gates(before)), x.decay(write_gates())
+        dq_read = reading * dot(d_out, state.astype(dtype), 1, 1)
+        dk_written = writing * dot(v, rounded, 1, 1)
+        dg += sums(read_gates(before, 1), cut(x.q_before * dq_read))
+        dg += sums(write_gates(1), cut(x.k * dk_written))
+        dg += to_row(x.keep * jnp.sum(state * d_state, 1, keepdims=True))
 
         dq = jnp.where(x.reads_before, dq_before + dq_read, 0) + d_diagonal * bonus * x.k
         dq_ref[tokens, :] = jnp.where(x.real, dq, 0).astype(dq_ref.dtype)
         dk_ref[tokens, :] = jnp.where(x.real, dk + dk_written, 0).astype(dk_ref.dtype)
-        dv_inside = _dot(_times(scores, scale, dtype), d_out, 0, 0)
-        dv_written = _dot(_times(x.k, writing, dtype), rounded, 1, 0)
+        dv_inside = dot(times(scores, scale, dtype), d_out, 0, 0)
+        dv_written = dot(times(x.k, writing, dtype), rounded, 1, 0)
         dv_ref[tokens, :] = (dv_inside + dv_written).astype(dv_ref.dtype)
         dg_ref[tokens, :] = jnp.where(x.decays, dg, 0)
         d_bonus_ref[...] += jnp.sum(d_diagonal * x.q * x.k, 0, keepdims=True)
-        d_state_ref[...] = x.keep * d_state + _dot(_times(x.q_before, reading, dtype), d_out, 0, 0)
+        d_state_ref[...] = x.keep * d_state + dot(times(x.q_before, reading, dtype), d_out, 0, 0)
 
     states_ref[0] = entering_ref[...]
     jax.lax.fori_loop(0, chunks - 1, recompute, None)
@@ -399,168 +350,23 @@ class _Chunk(NamedTuple):
         gates = jnp.where(starts, ZERO_DECAY, gates)
         decays = real & ~starts
         reads_before = decays if before else real
-        keep = _column(jnp.exp(jnp.sum(gates, 0, keepdims=True)))
-        return cls(q, jnp.where(reads_before, q, 0), k, _parts(gates), keep, real, reads_before, decays)
+        keep = to_column(jnp.exp(jnp.sum(gates, 0, keepdims=True)))
+        return cls(q, jnp.where(reads_before, q, 0), k, cut(gates), keep, real, reads_before, decays)
 
     def decay(self, chosen: jax.Array) -> jax.Array:
-        return jnp.exp(_sums(chosen, self.parts))
+        return jnp.exp(sums(chosen, self.parts))
 
 
 def _next_state(state: jax.Array, v: jax.Array, x: _Chunk) -> jax.Array:
-    return x.keep * state + _dot(_times(x.k, x.decay(_writes()), v.dtype), v, 0, 0)
-
-
-def _tokens_of(chunk: Any) -> Any:
-    return pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
-
-
-# Matrices [C, C] of truths: which gates t (along `axis` 0 of those of the gradient, else 1) are in the exponent of i.
-
-
-def _indices(axis: int = 0) -> tuple[jax.Array, jax.Array]:
-    """i along an axis, and what it is paired with along the other one."""
-    i, t = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), a) for a in (axis, 1 - axis))
-    return i, t
-
-
-def _pairs(level: int) -> jax.Array:
-    """i > j that differ first in this bit."""
-    i, j = _indices()
-    return ((i ^ j) >> level == 1) & (i > j)
-
-
-def _level(level: int, before: bool, axis: int = 0) -> jax.Array:
-    """E_h: in right halves what comes between the middle and the read, in left ones between the write and the middle.
-
-    Both are gates of the half itself.
-    """
-    i, t = _indices(axis)
-    right = (i >> level) & 1 == 1
-    return (i >> level == t >> level) & ((right & _reads(before, axis)) | (~right & (t > i)))
-
-
-def _reads(before: bool, axis: int = 0) -> jax.Array:
-    """R_i."""
-    i, t = _indices(axis)
-    return t < i if before else t <= i
-
-
-def _writes(axis: int = 0) -> jax.Array:
-    """G_C - G_i."""
-    i, t = _indices(axis)
-    return t > i
-
-
-def _sums(chosen: jax.Array, parts: jax.Array) -> jax.Array:
-    """[C, K] the sums of chosen tokens, [C, C], from the parts of x [C, K]."""
-    sums = _dot(chosen.astype(jnp.float32).astype(jnp.bfloat16), parts, 1, 0)
-    dim = parts.shape[1] // 3
-    return sums[:, :dim] + (sums[:, dim : 2 * dim] + sums[:, 2 * dim :])
-
-
-def _parts(x: jax.Array) -> jax.Array:
-    """[C, 3 K] bfloat16: three parts whose sum is x, 8 bits of its 24 each."""
-    parts = []
-    for _ in range(3):
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFFFF
-        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return jnp.concatenate(parts, 1)
-
-
-def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """The product over an axis of each, accumulated in float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    axes = (((x_axis,), (y_axis,)), ((), ()))
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _times(x: jax.Array, factor: jax.Array | float, dtype: Any) -> jax.Array:
-    """The product in float32, rounded once."""
-    return (x * factor).astype(dtype)
-
-
-def _diagonal(x: jax.Array) -> jax.Array:
-    """[C, C] x on the diagonal, else 0."""
-    i, j = _indices()
-    return jnp.where(i == j, x, 0)
-
-
-def _column(row: jax.Array) -> jax.Array:
-    """[1, K] -> [K, 1], by way of tiles of eight rows."""
-    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
-
-
-def _row(column: jax.Array) -> jax.Array:
-    """[K, 1] -> [1, K]."""
-    return jnp.broadcast_to(column, (column.shape[0], 8)).T[:1]
+    return x.keep * state + dot(times(x.k, x.decay(write_gates()), v.dtype), v, 0, 0)
 
 
 # Documents: a tile of eight rows per chunk, the same for all heads.
 
 
 def _token_tiles(segment_ids: jax.Array) -> jax.Array:
-    """[B, T / C, 8, C] float32: 1 where a token is real, 1 where it is the start of a document, six rows of nothing.
-
-    Starts are those of every document but the first of a row: to that one belongs the state before the row.
-    """
+    """[B, T / C, 8, C] float32: 1 where a token is real, 1 where it is the start of a document, six rows of nothing."""
     batch, length = segment_ids.shape
     real = segment_ids >= 0
-    before = jax.lax.cummax(jnp.maximum(segment_ids, -1), axis=1)[:, :-1]
-    before = jnp.pad(before, ((0, 0), (1, 0)), constant_values=-1)
-    starts = real & (before >= 0) & (segment_ids != before)
-    rows = jnp.stack([real, starts, *[jnp.zeros_like(real)] * 6], 1).astype(jnp.float32)
+    rows = jnp.stack([real, document_starts(segment_ids), *[jnp.zeros_like(real)] * 6], 1).astype(jnp.float32)
     return rows.reshape(batch, 8, length // CHUNK, CHUNK).swapaxes(1, 2)
-
-
-# The layout in HBM, and which block of it a step of the grid has.
-
-
-class _Plan:
-    """Blocks of T / block steps, in the order of time or `reverse`."""
-
-    def __init__(self, tokens: jax.Array, state: jax.Array, reverse: bool) -> None:
-        batch, length = tokens.shape[:2]
-        chunks = length // CHUNK
-        largest = BLOCK if max(state.shape[2:]) <= LANES else BLOCK // 2  # as VMEM allows
-        self.chunks = next(n for n in range(largest, 0, -1) if chunks % n == 0)
-        self.grid = (batch, state.shape[1], chunks // self.chunks)
-        self.state_shape = state.shape[2:]
-        self.like = state
-        self.compiler_params = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-        self._time: Callable[[Any], Any] = (lambda n: self.grid[2] - 1 - n) if reverse else (lambda n: n)
-
-    def array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        """An output that varies over the manual mesh axes that the inputs vary over."""
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(self.like).manual_axis_type)
-
-    def tokens(self, x: jax.Array) -> pl.BlockSpec:
-        """A block of the head of x [B, T, heads, D] that serves the head of the step."""
-        return self.lanes(x.shape[-1], self.grid[1] // x.shape[2])
-
-    def lanes(self, dim: int, group: int = 1) -> pl.BlockSpec:
-        return pl.BlockSpec((None, self.chunks * CHUNK, dim), lambda b, h, n: (b, self._time(n), h // group))
-
-    def tiles(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, self.chunks, 8, CHUNK), lambda b, h, n: (b, self._time(n), 0, 0))
-
-    def bonus(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, 1, self.state_shape[0]), lambda b, h, n: (b, h, 0, 0))
-
-    def state(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *self.state_shape), lambda b, h, n: (b, h, 0, 0))
-
-    def entering(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, None, *self.state_shape), lambda b, h, n: (b, h, self._time(n), 0, 0))
-
-
-def _lanes(x: jax.Array) -> jax.Array:
-    """[B, T, H, D] -> [B, T, H D]."""
-    return x.reshape(*x.shape[:2], -1)
-
-
-def _sum_groups(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    """[B, T, H, D] -> the shape of x: a head of x serves H / heads consecutive ones."""
-    groups = gradient.reshape(*x.shape[:3], -1, x.shape[-1])
-    return jnp.sum(groups, 3, dtype=jnp.float32).astype(x.dtype)

@@ -6,6 +6,8 @@ programs a form, with and without documents; one engine, scalar decay, goes quic
 
 import pytest
 
+from tests.linear.suite import Sizes
+
 SHARED = {
     "test_forms_agree_over_strengths",
     "test_default_form",
@@ -32,13 +34,27 @@ TRANSFORMED = {  # by JAX: a form that shares its code with another one behaves 
     "test_splitting_equals_one_pass",
     "test_bfloat16",
 }
+OTHER_FORMS = {  # than the one of kernels, or other numbers than theirs
+    "test_chunk_sizes",
+    "test_float64_equals_numpy",
+    "test_second_derivative_equals_difference_of_gradients",
+    "test_recurrent_keeps_no_state_per_token",
+}
+UNCOMPILED = {  # by kernels
+    "test_default_form",
+    "test_bad_arguments",
+    "test_kernels_say_what_they_refuse",
+    "test_kernels_refuse_second_derivatives",
+}
 WHOLE = "scalar_decay"
 
 
 def is_run(engine, form, test, parameters):
     """An engine has its own forms; other layouts of one, and forms that share code, skip what cannot differ."""
     if isinstance(form, str) and form not in engine.forms:
-        return False
+        return engine.of is not None and test == "test_default_form"
+    if engine.of is not None:
+        return is_of_kernels(engine, test, parameters)
     if test == "test_recurrent_keeps_no_state_per_token" and engine.output_is_state:
         return False
     if engine.name == WHOLE:
@@ -55,14 +71,36 @@ def is_run(engine, form, test, parameters):
     return not (test in TRANSFORMED and shares_code)
 
 
+def is_of_kernels(engine, test, parameters):
+    """What `refuses` lists fails for its reasons in a check of its own."""
+    lengths = parameters.get("lengths", [parameters.get("length", 1)])
+    dims = parameters.get("key_dim", 1), parameters.get("value_dim", 1)
+    if not all(engine.takes(Sizes(length, *dims)) for length in lengths):
+        return False
+    return not (test in OTHER_FORMS or (test == "test_shard_map" and engine.is_interpreted))
+
+
 def is_quick(engine, form, test, parameters):
     if engine.name == WHOLE:
         return form not in engine.slow_forms or test in ANY_FORM
+    if engine.of is not None:
+        return is_quick_of_kernels(engine, test, parameters)
     if engine.variant or test not in SHARED | ONE_FORM.keys():
         return False
     if test in ONE_FORM:
         return ONE_FORM[test] == form
     return test == "test_bad_arguments" or form in ("recurrent", "chunkwise")
+
+
+def is_quick_of_kernels(engine, test, parameters):
+    """What needs no program, and one program each: an interpreter for GPUs takes seconds to run one, too."""
+    if test in UNCOMPILED:
+        return True
+    if engine.is_interpreted:
+        return test == "test_forms_agree_with_recurrent" and parameters["length"] == 1
+    if test == "test_forms_agree_on_packed_documents":
+        return parameters["packing"] == "padding" and parameters["strength"] == "strong"
+    return test == "test_forms_agree_over_strengths"
 
 
 @pytest.hookimpl(tryfirst=True)

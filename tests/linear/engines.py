@@ -1,7 +1,11 @@
-"""The engines under test. A new one adds a file to records/ and a line here; test_contract.py does the rest."""
+"""The engines under test. A new one adds a file to records/ and a line here; test_contract.py does the rest.
+
+Kernels are engines of their own (implementations.py): they go through the same checks.
+"""
 
 import pytest
 
+from tests.linear import implementations
 from tests.linear.records import (
     delta_rule,
     diagonal_scan,
@@ -28,6 +32,7 @@ ENGINES = [
     *titans_memory.RECORDS,
     *ttt.RECORDS,
     *vector_decay.RECORDS,
+    *implementations.RECORDS,
 ]
 
 every_engine = pytest.mark.parametrize(
@@ -38,5 +43,6 @@ every_map = pytest.mark.parametrize(
     "engine",
     [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.variant else []) for e in ENGINES if e.map is not None],
 )
+every_kernel = pytest.mark.parametrize("engine", [pytest.param(e, id=e.name) for e in ENGINES if e.of is not None])
 every_form = pytest.mark.parametrize("form", ["recurrent", "parallel", "chunkwise", "associative"])
 every_other_form = pytest.mark.parametrize("form", ["parallel", "chunkwise", "associative"])

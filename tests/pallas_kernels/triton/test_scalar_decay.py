@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax.linear import kernels, scalar_decay
+from effattn_jax import kernels
+from effattn_jax.linear import scalar_decay
 from tests.linear.packings import row
 from tests.pallas_kernels.triton import interpreter  # before the kernels: they are interpreted
 from tests.ratio import BFLOAT16_GATE, BFLOAT16_GRAD, BFLOAT16_OUT, FLOAT32, assert_close
