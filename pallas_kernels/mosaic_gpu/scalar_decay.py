@@ -2,8 +2,8 @@
 
     S_t = e^{g_t} S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
 
-For K and V up to 128 one kernel does all of it, four times (`scalar_scans`); larger ones take the passes of
-`scalar_chunks`.
+For K and V up to 128 one kernel does all of it, four times (`scalar_scans`); the passes of `scalar_chunks` take larger
+ones too, where they are named.
 
 Nothing but the inputs is kept for the backward pass.
 
@@ -67,11 +67,11 @@ def scalar_decay(
         padding: such a token writes nothing, reads zero and lets the state pass.
       scale: > 0.
       parts: how many each row is cut into; None: as many as fill the chip.
-      passes: "scans" or "pipelined" (K and V up to 128) or "chunks"; None: what was fastest of those that were timed.
+      passes: "scans" or "pipelined" (K and V up to 128) or "chunks"; None: scans, which alone ran on a GPU so far.
       interpret: parameters of the interpreter that runs the kernel on a CPU.
 
     Raises:
-      NotImplementedError: other dtypes, K or V above 256, a scale that is not a positive number.
+      NotImplementedError: other dtypes, K or V above what the passes take, a scale that is not a positive number.
     """
     if v.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != v.dtype or k.dtype != v.dtype:
         raise NotImplementedError(f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}; needs one of bfloat16, float16")
@@ -81,8 +81,9 @@ def scalar_decay(
     if not isinstance(scale, (int, float)) or not scale > 0:
         raise NotImplementedError(f"scale {scale}; needs a positive number")
     keys, values = (next(size for size in DIMS if size >= dim) for dim in (key_dim, value_dim))
-    if passes is None:
-        passes = "scans" if max(keys, values) <= SCANS else "chunks"
+    if max(keys, values) > SCANS and passes != "chunks":
+        raise NotImplementedError(f"K = {key_dim}, V = {value_dim}; needs at most {SCANS}: 'chunks' never ran on a GPU")
+    passes = passes or "scans"
     tail = -length % CHUNK
     if segment_ids is not None:
         real = (segment_ids >= 0)[..., None, None]

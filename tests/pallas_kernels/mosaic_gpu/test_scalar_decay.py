@@ -78,8 +78,6 @@ def test_is_the_recurrence(gate):
                 (65, 50, 100),
                 (127, 64, 128),
                 (384, 128, 128),
-                (150, 64, 256),
-                (70, 256, 200),
             ]
         ),
     ],
@@ -97,6 +95,12 @@ def test_groups_of_heads(heads):
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("pipelined", "chunks")]
 passes_of_both = pytest.mark.parametrize("passes", ["scans", *OTHERS])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "key_dim", "value_dim"), [(150, 64, 256), (70, 256, 200)])
+def test_chunks_take_larger_sizes(length, key_dim, value_dim):
+    check(*draw(length, key_dim, value_dim), passes="chunks", interpret=INTERPRET)
 
 
 @pytest.mark.slow
