@@ -4,19 +4,17 @@
     reads_i = scale q_i e^{gates up to i}        writes_j = k_j e^{gates after j}        keep = e^{all gates}
 
 Floors, B4 T8192 H16 K = 128: q, k and float32 gates in, reads, writes and A out are 0.87 GB, 0.20 ms at 4.25 TB/s. The
-products are 14 of 64 x 64 x K a chunk, eight exponents and the scores of six levels: 0.12 TFLOP, 0.15 ms at 790
-TFLOP/s. Exponentials: 8 a token and channel, 0.13 ms at 16 a cycle and processor.
+products are 15 of 64 x 64 x K a chunk, two of gates for each of eight exponents less one, and the scores of six levels:
+0.2 TFLOP, 0.25 ms at 790 TFLOP/s. Exponentials: 8 a token and channel, 0.13 ms at 16 a cycle and processor.
 
 Schedule. A block is one warpgroup with one chunk of one head; several share a processor, one loading while others
 multiply. Queries and keys come by TMA; gates go through registers into shared memory. The loop over levels is bound by
-instructions, about 700 a thread and level of 128 channels, not by products.
+instructions, about 700 a thread and level, not by products.
 
 What was tried, B4 T8192 H16 K = 128 on an H100, milliseconds:
   0.755   gates in two bfloat16 parts, 64 channels at a time, masks that stay the same over the levels
   0.577   gates in float16, 64 channels at a time
-  0.556   the same, 128 channels at a time (255 registers a thread, no spills)
-Not timed yet: as it is, what depends on rows or columns alone made of vectors and no rounding of zeros and ones. ptxas
-says 157 registers with 64 channels at a time, three blocks a processor, and 218 with 128, two blocks.
+  0.556   as it is, 128 channels at a time (255 registers a thread, no spills)
 """
 
 import functools
@@ -32,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import pair_levels as pairs
 from pallas_kernels.mosaic_gpu.pair_levels import CHUNK, GATES, LEVELS, WHOLE
 
-COLUMNS = 64  # channels at a time
+COLUMNS = 128  # channels at a time
 LOG2E = math.log2(math.e)
 SAME, INTO, OUT_OF, THROUGH = range(4)  # rows of `documents`
 
