@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -107,11 +108,14 @@ def cases(mechanisms: list[str], everything: bool) -> Iterator[Case]:
                 yield from (Case(mechanism, label, chip, name) for name in ("forward", "backward")[not whole :])
 
 
-def report(case: Case) -> tuple[bool, str]:
+def one_chip(topology: str) -> Mesh:
+    return Mesh(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:1], ("data",))
+
+
+def report(meshes: dict[str, Mesh], case: Case) -> tuple[bool, str]:
     """Whether it compiles, and a line of figures or of the error."""
     title = f"{case.mechanism} {case.label:12s} {case.chip:5s} {case.name:8s}"
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[case.chip]).devices
-    mesh = Mesh(devices[:1], ("data",))
+    mesh = meshes[case.chip]
     function = forward_and_backward(MECHANISMS[case.mechanism])[case.name]
     began = time.perf_counter()
     traced = jax.jit(function, in_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -133,8 +137,9 @@ def main(names: list[str]) -> int:
     """The number of failures."""
     mechanisms = [name for name in names if name != "--all"] or list(MECHANISMS)
     failures = 0
+    meshes = {chip: one_chip(topology) for chip, topology in TOPOLOGIES.items()}  # two threads would load libtpu twice
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler is not Python
-        for compiles, line in pool.map(report, cases(mechanisms, "--all" in names)):
+        for compiles, line in pool.map(partial(report, meshes), cases(mechanisms, "--all" in names)):
             failures += not compiles
             print(line, flush=True)
     return failures

@@ -1,17 +1,16 @@
 """Softmax attention over all keys, the causal past or a sliding window: one function, several implementations."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.sparse.arguments import check_numbers, check_qkv, check_sinks, check_window
 from effattn_jax.sparse.cudnn import cudnn
 from effattn_jax.sparse.dense import dense
+from effattn_jax.sparse.documents import real_only
 from effattn_jax.sparse.flash import flash
 from effattn_jax.sparse.mosaic import mosaic_gpu
 from effattn_jax.sparse.splash import splash
@@ -180,11 +179,6 @@ def attend(
     )
 
 
-def real_only(x: Float[Array, "B T H D"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
-    """Zeros where the token is padding, which may hold anything: 0 * NaN would reach the sums."""
-    return jnp.where(segment_ids[:, :, None, None] >= 0, x, 0)
-
-
 def check(
     q: Array,
     k: Array,
@@ -195,26 +189,7 @@ def check(
     logits_soft_cap: float | None,
 ) -> None:
     """Raise ValueError on what does not fit, lengths and documents apart."""
-    for name, x, letters in (("q", q, "[B, T, H, K]"), ("k", k, "[B, M, G, K]"), ("v", v, "[B, M, G, V]")):
-        checks.check_rank(name, x, 4, letters)
-        checks.check_floating(name, x)
-    batch, _, heads, key_dim = q.shape
-    checks.check_shape("k", k, (batch, None, None, key_dim), "[B, M, G, K]")
-    checks.check_shape("v", v, (batch, k.shape[1], k.shape[2], None), "[B, M, G, V]")
-    checks.check_head_groups("k", k.shape[2], "q", heads)
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1):
-        checks.fail("window", window, "None or an int of at least 1, the number of visible keys")
-    if sinks is not None:
-        checks.check_shape("sinks", sinks, (heads,), "[H]")
-        checks.check_floating("sinks", sinks)
-    if scale is not None:
-        _check_number("scale", scale)
-    if logits_soft_cap is not None:
-        _check_number("logits_soft_cap", logits_soft_cap)
-        if logits_soft_cap <= 0:
-            checks.fail("logits_soft_cap", logits_soft_cap, "None or a number above 0")
-
-
-def _check_number(argument: str, value: Any) -> None:
-    if isinstance(value, jax.Array) or not math.isfinite(value):
-        checks.fail(argument, value, "None or a finite Python number")
+    check_qkv(q, k, v)
+    check_window(window)
+    check_sinks(sinks, q.shape[2])
+    check_numbers(scale, logits_soft_cap)

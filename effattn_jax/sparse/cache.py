@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation
-from effattn_jax.sparse.attention import AttentionOut, attend, check, real_only
+from effattn_jax.sparse.attention import AttentionOut, attend, check
+from effattn_jax.sparse.documents import real_only
 from effattn_jax.sparse.mask import Band, same_document
 from effattn_jax.sparse.single_token import read
 from effattn_jax.typing import Array, Bool, Float, Int, Queries, SegmentIds

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.precision import accumulation_dtype, contract, zeros_varying
+from effattn_jax.sparse.documents import real_only
 from effattn_jax.sparse.mask import same_document
 from effattn_jax.sparse.path import Part, merge, softmax_part
 from effattn_jax.typing import Array, Float, Int, Queries, SegmentIds
@@ -149,11 +150,6 @@ def _to_blocks[Tree](tree: Tree, size: int) -> Tree:
         return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(cut, tree)
-
-
-def real_only(x: Float[Array, "B T ..."], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T ..."]:
-    """Zeros where the token is padding, which may hold anything."""
-    return jnp.where((segment_ids >= 0).reshape(*segment_ids.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
 def check_forgetting(q: Array, k: Array, v: Array, log_forget: Array, segment_ids: SegmentIds | None) -> None:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.precision import contract
-from effattn_jax.sparse.forgetting import STEPS, ForgetSum, attend, check_forgetting, forget_sum, real_only
+from effattn_jax.sparse.documents import real_only
+from effattn_jax.sparse.forgetting import STEPS, ForgetSum, attend, check_forgetting, forget_sum
 from effattn_jax.sparse.mask import same_document
 from effattn_jax.sparse.path import softmax_part
 from effattn_jax.typing import Array, Bool, Float, Int, Queries, SegmentIds

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tests.linear.suite import jit
+from tests.compiled import jit
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "ops"
 

@@ -10,14 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.compiled import jit
 from tests.ratio import FLOAT32, assert_close
 
 STRENGTHS = ("mild", "weak", "strong", "heavy")
-
-# These programs run for a millisecond and compile for a second: LLVM's optimisations do not pay.
-jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
 
 class Sizes(NamedTuple):

@@ -5,12 +5,12 @@ import numpy as np
 
 from effattn_jax.linear import delta_rule
 from effattn_jax.linear.delta_rule import FORMS
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det
 from tests.linear.draw import unit
 from tests.linear.engines import every_form
 from tests.linear.printed import assert_printed, cases, one_head
-from tests.linear.suite import jit
 
 T, K, V = 8, 4, 3
 q, k, v = det(1, (T, K)), unit(det(2, (T, K))), det(3, (T, V))

@@ -7,10 +7,10 @@ import pytest
 from effattn_jax.linear import delta_rule, dplr, scalar_decay
 from effattn_jax.linear.chunk_decay import chunk_decay, split_heads
 from effattn_jax.linear.delta_rule import chunk_maps, delta_rule_map
+from tests.compiled import jit
 from tests.linear.draw import log_decays, unit
 from tests.linear.engines import every_form
 from tests.linear.records.delta_rule import draw_beta
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 B, T, H, K, V = 2, 70, 2, 16, 10

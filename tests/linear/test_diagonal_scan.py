@@ -8,10 +8,10 @@ import pytest
 from effattn_jax.linear import diagonal_scan, rg_lru, vector_decay
 from effattn_jax.linear.diagonal_scan import FORMS
 from effattn_jax.linear.rg_lru import clipped_sqrt
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det
 from tests.linear.draw import log_decays
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 every_form = pytest.mark.parametrize("form", FORMS)

@@ -6,12 +6,12 @@ import pytest
 
 from effattn_jax.linear import delta_rule, dplr, scalar_decay, vector_decay
 from effattn_jax.linear.dplr import FORMS
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det
 from tests.linear.draw import log_decays, unit
 from tests.linear.engines import every_form
 from tests.linear.printed import assert_printed, cases, one_head
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 T, K, V = 8, 4, 3

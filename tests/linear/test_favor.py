@@ -7,10 +7,10 @@ import pytest
 
 from effattn_jax.linear import FavorState, draw_omega, favor_attention
 from effattn_jax.linear.favor import favor_plus, favor_relu
+from tests.compiled import jit
 from tests.linear.det import det, heads
 from tests.linear.engines import every_form
 from tests.linear.packings import PACKINGS
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 K, M, LENGTH = 8, 20, 196

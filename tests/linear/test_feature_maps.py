@@ -18,9 +18,9 @@ from effattn_jax.linear.feature_maps import (
     t2r,
     taylor,
 )
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det, heads
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 relu = lambda x: np.maximum(x, 0)  # noqa: E731

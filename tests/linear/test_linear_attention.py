@@ -7,11 +7,11 @@ import pytest
 
 from effattn_jax.linear import linear_attention
 from effattn_jax.linear.feature_maps import elu_plus_one
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det, heads
 from tests.linear.engines import every_form
 from tests.linear.packings import PACKINGS
-from tests.linear.suite import jit
 from tests.ratio import BFLOAT16_OUT, FLOAT32, assert_close
 
 LENGTH = 196

@@ -8,12 +8,12 @@ import pytest
 from effattn_jax.linear import scalar_decay
 from effattn_jax.linear.fenwick import level, members, occupied, slot, token_counts
 from effattn_jax.linear.log_linear import FORMS, LogLinearState, log_linear_attention, log_linear_map
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det, heads
 from tests.linear.draw import log_decays
 from tests.linear.engines import every_form
 from tests.linear.packings import row
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 run = jit(log_linear_attention, static_argnames=("scale", "form"))

@@ -7,10 +7,10 @@ import pytest
 
 from effattn_jax.linear import scalar_decay
 from effattn_jax.linear.scalar_decay import FORMS
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det, heads
 from tests.linear.engines import every_form
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 T, K, V = 8, 4, 3

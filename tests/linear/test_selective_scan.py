@@ -11,10 +11,10 @@ import pytest
 
 from effattn_jax.linear import diagonal_scan, selective_scan
 from effattn_jax.linear.selective_scan import FORMS
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det
 from tests.linear.engines import every_form
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 T = 8

@@ -13,10 +13,10 @@ from effattn_jax.linear import TitansState, delta_rule, dplr, scalar_decay, tita
 from effattn_jax.linear.inner_loss import InnerNorm
 from effattn_jax.linear.memory_network import Loss, loss_gradients, matrices, read
 from effattn_jax.linear.titans_memory import FORMS
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det, heads
 from tests.linear.draw import unit
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 T, K, V = 8, 4, 3

@@ -8,8 +8,8 @@ import scipy.linalg
 from jax.test_util import check_grads
 
 from effattn_jax.linear.triangular import unit_lower_inverse
+from tests.compiled import jit
 from tests.linear.draw import unit
-from tests.linear.suite import jit
 from tests.ratio import error_ratio
 
 inverse = jit(unit_lower_inverse)

@@ -11,10 +11,11 @@ from effattn_jax.linear import delta_rule, scalar_decay, ttt_linear, ttt_mlp
 from effattn_jax.linear.inner_loss import Affine, InnerNorm, activations, gelu, gelu_slope, loss_gradients
 from effattn_jax.linear.ttt import FORMS
 from effattn_jax.linear.ttt_forms import Learner, Tokens, aligned, chunkwise, descend, recurrent
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det, heads
 from tests.linear.records.ttt import RECORDS
-from tests.linear.suite import Sizes, draw_problem, jit
+from tests.linear.suite import Sizes, draw_problem
 from tests.ratio import FLOAT32, assert_close
 
 every_form = pytest.mark.parametrize("form", FORMS)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from effattn_jax.sparse import attention, cached_path_attention, init_path_cache, path_attention
+from tests.compiled import jit
 from tests.linear import fixture
 from tests.linear.det import det, heads
 from tests.linear.draw import unit
-from tests.linear.suite import jit
 from tests.ratio import FLOAT32, assert_close
 
 run = jit(path_attention, static_argnames=("scale",))

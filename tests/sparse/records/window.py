@@ -1,0 +1,33 @@
+"""The sliding window: the smallest example of a record."""
+
+from functools import partial
+
+import numpy as np
+
+from effattn_jax.sparse import attention
+from tests.sparse.mechanism import Mechanism
+
+
+def _mask(q, k, window):
+    batch, length, heads, _ = q.shape
+    keys = k.shape[1]
+    mask = np.zeros((batch, heads, length, keys), bool)
+    for t in range(length):
+        position = keys - length + t
+        mask[:, :, t, max(0, position - window + 1) : position + 1] = True
+    return mask
+
+
+def _run(q, k, v, segment_ids=None, window=None):
+    return attention(q, k, v, window=window, segment_ids=segment_ids)
+
+
+RECORDS = [
+    Mechanism(
+        "window",
+        partial(_run, window=5),
+        partial(_mask, window=5),
+        dense=partial(_run, window=10_000),
+        count=lambda length: min(length, 5),
+    )
+]
