@@ -1,5 +1,7 @@
 """What every sparse mechanism must do, whatever it selects."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,7 +145,7 @@ def test_packed_documents_are_rows_of_their_own(mechanism):
     gradients, out = compute(run, do)(*poisoned)
     parts = np.cumsum([0, *lengths])
     rows = []
-    for start, end in zip(parts, parts[1:], strict=False):
+    for start, end in itertools.pairwise(parts):
         of_row = compute(mechanism.run, do[:, start:end])
         rows.append(of_row(*(x[:, start:end] for x in (q, k, v))))
     want = jax.tree.map(lambda *x: np.concatenate([*x, np.zeros_like(x[0], shape=(1, 2, *x[0].shape[2:]))], 1), *rows)
