@@ -1,11 +1,26 @@
 """Eight emulated CPU devices for every test: what a mesh does can be proved without an accelerator."""
 
 import gc
+from collections import defaultdict
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # a program runs for a millisecond, compiles for a second
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`quick_cases(n)`: each case takes seconds to compile; n are quick, of the chunkwise form first, others slow."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("quick_cases"):
+            cases[item.path, item.originalname].append(item)
+    for same in cases.values():
+        chunkwise_first = sorted(same, key=lambda item: "chunkwise" not in item.name)
+        for item in chunkwise_first[same[0].get_closest_marker("quick_cases").args[0] :]:
+            item.add_marker(pytest.mark.slow)
 
 
 def _programs(item):

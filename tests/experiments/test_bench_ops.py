@@ -63,6 +63,7 @@ def test_every_case_is_counted():
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.quick_cases(1)
 def test_bytes_and_products(name):
     op = OPERATIONS[name]
     assert work(op, inputs_of(op)) == COUNTS[name]
@@ -73,6 +74,7 @@ def test_visible_pairs():
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.quick_cases(1)
 def test_the_call_runs(name):
     op = OPERATIONS[name]
     inputs, call = inputs_of(op), forward(op, implementation="xla")
@@ -88,6 +90,7 @@ def test_the_call_runs(name):
 
 
 @pytest.mark.parametrize("name", ["attention, window 1024", "step, vector_decay"])
+@pytest.mark.quick_cases(1)
 def test_hard_inputs_have_small_errors(name):
     found = errors(OPERATIONS[name], "xla", 16)
     assert found.keys() == ({"out", "state"} if "step" in name else {"out", "gradients", "gates"})

@@ -17,6 +17,7 @@ TASK = Recall(length=48, keys=20, values=10)
 
 
 @pytest.mark.parametrize("pairs", [1, 5, 12])
+@pytest.mark.quick_cases(1)
 def test_rows_ask_for_every_key_once(pairs):
     """Read back by a dictionary."""
     batch = jax.device_get(draw(jax.random.key(pairs), 16, (pairs,), TASK))

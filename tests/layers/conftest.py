@@ -20,7 +20,6 @@ WHOLE = {"mamba2_groups", "attention_window_sinks", "gated_delta_net"}  # these 
 QUICK = {  # a check of each kind; what is not here is slow
     "test_prefill_then_decoding_is_one_pass": {"length": 3},
     "test_shapes_and_dtypes": {"dtype": jnp.float32},
-    "test_packed_documents_are_separate_rows": {},
     "test_parameters_name_their_axes": {},
 }
 

@@ -32,6 +32,7 @@ class Residual(nn.Module):
 
 
 @SOME
+@pytest.mark.quick_cases(1)
 def test_the_layer_itself(name):
     """Parameters under Linen's names with Linen's logical axes; the same results; states in and out."""
     linen, x = to_linen(name), inputs(LENGTH)
@@ -62,6 +63,7 @@ def stack(name):
 
 
 @SOME
+@pytest.mark.quick_cases(1)
 def test_under_scan(name):
     x = inputs(LENGTH)
     variables = jit(stack(name).init)(jax.random.key(0), x, None)

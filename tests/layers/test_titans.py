@@ -59,6 +59,7 @@ def test_memory_that_learns_and_forgets_nothing_is_its_start():
     agree(np.asarray(want), forward(memory, x))
 
 
+@pytest.mark.slow
 def test_memory_as_a_context_segment_by_segment():
     """Whole segments one after the other: what the memory says before each, a plain softmax, what it learns from it."""
     mac, x = layer("titans_mac"), inputs(17)

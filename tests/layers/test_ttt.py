@@ -137,6 +137,7 @@ def test_generation_of_the_authors(name):
 
 
 @pytest.mark.parametrize("layer", [TTTLinear, TTTMLP])
+@pytest.mark.quick_cases(1)
 def test_start(layer):
     """Steps of base_lr / 2 K at place 1, small weights, no bias."""
     layer = layer(32, head_dim=8, rngs=nnx.Rngs(0))

@@ -55,6 +55,7 @@ def gla_weights(t, config, layer):
 
 
 @pytest.mark.parametrize("name", ["fla_gla", "fla_gla_gqa_conv"])
+@pytest.mark.quick_cases(1)
 def test_gla_is_that_of_flash_linear_attention(name):
     assert_fla_model(name, "gla", gla_options, gla_weights)
 
@@ -306,6 +307,7 @@ def test_rwkv_block_in_two_calls_is_one_pass(version):
 
 
 @pytest.mark.parametrize("w", [6.0, 100.0])
+@pytest.mark.quick_cases(1)
 def test_rwkv_with_a_decay_beyond_float32(w):
     """Such a memory holds nothing; gradients are numbers."""
 

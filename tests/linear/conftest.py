@@ -46,6 +46,9 @@ UNCOMPILED = {  # by kernels
     "test_kernels_say_what_they_refuse",
     "test_kernels_refuse_second_derivatives",
 }
+OF_THE_REFERENCE = {"test_packed_documents_equal_separate_rows", "test_right_padding_changes_nothing"}
+ROUNDED = {"scalar_decay", "delta_rule, scalar", "dplr"}  # quick in bfloat16: a cumulative gate, a solve, low rank
+PACKING = "straddling"
 WHOLE = "scalar_decay"
 
 
@@ -87,9 +90,11 @@ def is_quick(engine, form, test, parameters):
         return is_quick_of_kernels(engine, test, parameters)
     if engine.variant or test not in SHARED | ONE_FORM.keys():
         return False
+    if parameters.get("packing", PACKING) != PACKING and test == "test_packed_documents_equal_separate_rows":
+        return False  # each packing has programs of its own for the oracle
     if test in ONE_FORM:
-        return ONE_FORM[test] == form
-    return test == "test_bad_arguments" or form in ("recurrent", "chunkwise")
+        return ONE_FORM[test] == form and (test != "test_bfloat16" or engine.name in ROUNDED)
+    return test == "test_bad_arguments" or form == "chunkwise" or (form == "recurrent" and test in OF_THE_REFERENCE)
 
 
 def is_quick_of_kernels(engine, test, parameters):
@@ -97,10 +102,11 @@ def is_quick_of_kernels(engine, test, parameters):
     if test in UNCOMPILED:
         return True
     if engine.is_interpreted:
-        return test == "test_forms_agree_with_recurrent" and parameters["length"] == 1
+        quick = test == "test_forms_agree_with_recurrent" and parameters["length"] == 1
+        return quick and engine.of.name == WHOLE
     if test == "test_forms_agree_on_packed_documents":
         return parameters["packing"] == "padding" and parameters["strength"] == "strong"
-    return test == "test_forms_agree_over_strengths"
+    return False
 
 
 @pytest.hookimpl(tryfirst=True)

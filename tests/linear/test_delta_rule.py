@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from effattn_jax.linear import delta_rule
 from effattn_jax.linear.delta_rule import FORMS
@@ -76,6 +77,7 @@ def test_fixture_gated_delta_rule(form, case):
 
 
 @cases("kda", FORMS, "T130_strong", "T65_gva")
+@pytest.mark.quick_cases(1)
 def test_fixture_kimi_delta_attention(form, case):
     """Two heads of q and k serve four of v in T65_gva."""
     _matches("kda", case, form)

@@ -36,6 +36,7 @@ def per_row(g, like):
 
 
 @every_gate
+@pytest.mark.quick_cases(1)
 def test_what_a_chunk_writes_is_the_corrected_error(gate):
     """X_i = beta_i (v_i - k_i^T diag(e^{g_i}) S_{i-1}), with the states of the recurrent form."""
     _, k, v, beta, g, start = draw(gate, length=20)
@@ -78,6 +79,7 @@ def test_memory_stays_bounded_over_a_long_run(form):
 
 @every_form
 @every_gate
+@pytest.mark.quick_cases(3)
 def test_a_write_with_beta_one_is_read_back(form, gate):
     _, k, v, beta, g, start = draw(gate)
     out, _ = run(k, k, v, np.ones_like(beta), g, scale=1.0, initial_state=start, form=form)
@@ -104,6 +106,7 @@ def test_orthonormal_keys_with_beta_one_are_linear_attention(form):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_equal_gates_are_one_gate_and_zero_gates_are_none(form):
     """KDA with equal channels is Gated DeltaNet, which without decay is DeltaNet."""
     q, k, v, beta, g, _ = draw("scalar")
@@ -116,6 +119,7 @@ def test_equal_gates_are_one_gate_and_zero_gates_are_none(form):
 
 @every_form
 @every_gate
+@pytest.mark.quick_cases(2)
 def test_equals_low_rank_transition(form, gate):
     """a = -e^g k, b = beta k and values beta v: a reads the state before it decays."""
     q, k, v, beta, g, start = draw(gate)
@@ -146,6 +150,7 @@ def test_steps_with_orthogonal_keys_commute():
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_scale(form):
     q, k, v, beta, g, start = draw("scalar")
     default, state = run(q, k, v, beta, g, initial_state=start, form=form)
@@ -165,6 +170,7 @@ def test_gradients_are_finite_for_beta_zero_one_two_under_strong_gates():
 
 
 @every_gate
+@pytest.mark.quick_cases(1)
 def test_float32_stays_float32_where_float64_is_enabled(gate):
     q, k, v, beta, g, start = draw(gate)
     with jax.enable_x64(True):

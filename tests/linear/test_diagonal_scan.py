@@ -106,6 +106,7 @@ def test_gradients_are_finite_where_nothing_decays():
 
 @every_form
 @pytest.mark.parametrize("strength", [pytest.param("mild", marks=pytest.mark.slow), "strong"])
+@pytest.mark.quick_cases(1)
 def test_is_vector_decay_that_reads_its_values(form, strength):
     """Channels as keys, one value, and a query for every channel that reads it alone."""
     rng = np.random.default_rng(0)

@@ -24,6 +24,7 @@ run = jit(dplr, static_argnames=("scale", "form"))
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_golden_gated_delta_net_2(form):
     """Erased and written channel by channel: a = -e^g erase k, b = k, values write v."""
     erase, write = 0.5 + 0.4 * det(8, (T, K)), 0.5 + 0.4 * det(9, (T, V))
@@ -59,6 +60,7 @@ def test_fixture_dplr(form, case):
 
 
 @cases("rwkv7", FORMS, "T65", "T130_strong")
+@pytest.mark.quick_cases(1)
 def test_fixture_rwkv7(form, case):
     def function(x):
         inputs = [x[name] for name in ("r", "k", "v", "a", "b", "w")]
@@ -90,6 +92,7 @@ def draw(length=70, heads=2, key_dim=16, value_dim=10):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_without_low_rank_part_is_vector_decay(form):
     """RWKV-7 whose in-context learning rate is 0, too: b = 0 alone is enough."""
     q, k, v, g, start = draw()
@@ -100,6 +103,7 @@ def test_without_low_rank_part_is_vector_decay(form):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_without_low_rank_part_and_with_one_gate_is_scalar_decay(form):
     q, k, v, g, start = draw()
     gate, zeros = g[..., 0], np.zeros_like(k)
@@ -109,6 +113,7 @@ def test_without_low_rank_part_and_with_one_gate_is_scalar_decay(form):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_gated_delta_net_2_with_constant_gates_is_kimi_delta_attention(form):
     q, k, v, g, start = draw()
     k, strength = unit(k), 0.7
@@ -129,6 +134,7 @@ def test_comba_that_feeds_back_the_decayed_key_is_gated_delta_net(form):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_scale(form):
     q, k, v, g, start = draw()
     default, state = run(q, k, v, -unit(k), 0.5 * unit(k), g, initial_state=start, form=form)
@@ -137,6 +143,7 @@ def test_scale(form):
 
 
 @pytest.mark.parametrize("heads", [(4, 1), (1, 4), (2, 2)])
+@pytest.mark.quick_cases(1)
 def test_fewer_heads_of_a_and_b_are_repeated(heads):
     q, k, v, g, start = draw(heads=4)
     a, b = -unit(k)[:, :, : heads[0]], 0.5 * unit(k)[:, :, : heads[1]]

@@ -36,6 +36,7 @@ def attention(q, k, v, omega, mask, eps=0.0):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_golden(form):
     with jax.enable_x64(True):
         q, k, v = (heads(det(i, (8, dim))) for i, dim in ((1, 4), (2, 4), (3, 3)))
@@ -48,6 +49,7 @@ def test_golden(form):
 
 @every_form
 @pytest.mark.parametrize("packing", [None, "straddling", "padding"])
+@pytest.mark.quick_cases(1)
 def test_is_the_estimated_kernel(form, packing):
     """Documents do not share a maximum, and none looks ahead; the constants cancel."""
     q, k, v = draw()
@@ -70,6 +72,7 @@ def test_eps_is_added_to_every_feature():
 
 @pytest.mark.parametrize("size", [1.0, 30.0])
 @pytest.mark.parametrize("cut", [0, 1, 100, LENGTH])
+@pytest.mark.quick_cases(1)
 def test_split_is_one_pass(cut, size):
     """The maximum goes on from call to call, for keys so long that e^{exponent} is 0 too."""
     q, k, v = draw(size=size)
@@ -86,6 +89,7 @@ def test_empty_state_is_no_state():
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
+@pytest.mark.quick_cases(1)
 def test_gradients_of_hard_keys(form):
     """Lengths that jump by powers of ten: every exponent stays at or below 0."""
     q, k, v = draw()
@@ -96,6 +100,7 @@ def test_gradients_of_hard_keys(form):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_gradients(form):
     q, k, v = draw()
     weights = np.random.default_rng(2).standard_normal(v.shape).astype(np.float32)
@@ -185,6 +190,7 @@ def test_relu_features():
         ("segment_ids", {"segment_ids": np.zeros((2, 3), int)}),
     ],
 )
+@pytest.mark.quick_cases(1)
 def test_bad_arguments(argument, change):
     q, k, v = draw()
     with pytest.raises(ValueError, match=rf"^{argument}: got .+; needs .+"):

@@ -116,6 +116,7 @@ def test_counts_start_anew_with_a_document():
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_beyond_the_last_level_the_past_is_one_block(form):
     """Four levels tell eight tokens apart; decoding goes on for 40, as if the last scale held for all that is older."""
     q, k, v, g, scales = draw(40, 7)

@@ -46,6 +46,7 @@ def value_and_gradients(x, y, g, weights):
     "size", [1, pytest.param(4, marks=pytest.mark.slow), 23, pytest.param(64, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.quick_cases(1)
 def test_scores_and_gradients(size, strength):
     arguments = draw(size, strength)
     got = value_and_gradients(*arguments)

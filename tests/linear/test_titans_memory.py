@@ -73,6 +73,7 @@ def test_fixture_plain(form, case):
 
 
 @_cases("titans_linear")
+@pytest.mark.slow
 def test_fixture_with_norm(form, case):
     """1/2 |LN(k M) - (v - k)|^2 in chunks of 16."""
 
@@ -110,6 +111,7 @@ def _weights(*dims, count=2, seed=1):
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 @pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.quick_cases(1)
 def test_gradients_are_those_of_autodiff(activation, normed):
     """Of the summed loss, for every matrix of a network of three layers."""
     with jax.enable_x64(True):
@@ -129,6 +131,7 @@ def test_gradients_are_those_of_autodiff(activation, normed):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_token_by_token_without_momentum_is_dplr(form):
     """The error is measured on the memory before its decay: a = -k, b = c theta k, v = c theta v, g = ln(1 - alpha)."""
     with jax.enable_x64(True):
@@ -152,6 +155,7 @@ def test_token_by_token_without_momentum_and_decay_is_the_delta_rule(form):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_one_chunk_from_zero_is_linear_attention(form):
     """The first gradient is -2 theta v for every token."""
     with jax.enable_x64(True):
@@ -162,6 +166,7 @@ def test_one_chunk_from_zero_is_linear_attention(form):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_one_chunk_is_one_shot(form):
     """Every token's weights by two plain loops over gradients of autodiff at the learned start."""
     with jax.enable_x64(True):
@@ -182,6 +187,7 @@ def test_one_chunk_is_one_shot(form):
 
 @pytest.mark.parametrize("form", ["chunkwise", pytest.param("associative", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
+@pytest.mark.quick_cases(1)
 def test_chunks_of_any_size(form, chunk):
     with jax.enable_x64(True):
         arguments = (*_draw(), _weights(6, 8, 5))
@@ -192,6 +198,7 @@ def test_chunks_of_any_size(form, chunk):
 
 @every_form
 @pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.quick_cases(1)
 def test_gates_of_exactly_0_and_1(form, chunk):
     """Values and gradients, against the equation."""
     with jax.enable_x64(True):
@@ -216,6 +223,7 @@ def test_gates_of_exactly_0_and_1(form, chunk):
 
 
 @pytest.mark.parametrize("prefill", [1, 15, 16, 17])
+@pytest.mark.quick_cases(1)
 def test_decoding_from_anywhere_in_a_chunk(prefill):
     with jax.enable_x64(True):
         arguments, weights = _draw(length=35), _weights(6, 8, 5)

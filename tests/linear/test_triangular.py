@@ -31,6 +31,7 @@ def substituted(lower):
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 @pytest.mark.parametrize("size", [1, 4, 15, 16, 17, 64, 100, 196])
+@pytest.mark.quick_cases(4)
 def test_equals_substitution_on_correlated_keys(size, beta):
     lower = correlated(size, beta).astype(np.float32)
     want = substituted(lower)
@@ -54,6 +55,7 @@ def test_reads_only_below_the_diagonal():
 
 
 @pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.quick_cases(1)
 def test_derivatives_of_any_order(order):
     with jax.enable_x64(True):
         lower = jnp.asarray(correlated(20, 1.0, batch=1))

@@ -70,6 +70,7 @@ def test_golden_mlp(form):
         for form in FORMS
     ],
 )
+@pytest.mark.quick_cases(1)
 def test_fixture(op, case, form):
     """Gradients with respect to all arguments. The final weights there are those that the last token reads."""
 
@@ -86,6 +87,7 @@ def test_fixture(op, case, form):
 
 @every_engine
 @every_form
+@pytest.mark.quick_cases(1)
 def test_no_learning_is_a_fixed_network(engine, form):
     """lr = 0: o = q + LN(f(q)) with the weights a document starts from."""
     x = draw_problem(engine, Sizes(37, 8)).inputs
@@ -100,6 +102,7 @@ def test_no_learning_is_a_fixed_network(engine, form):
 
 
 @every_engine
+@pytest.mark.quick_cases(1)
 def test_gradient_by_hand_is_that_of_the_loss(engine):
     """Of the weights of every layer, each token having its own."""
     with jax.enable_x64(True):
@@ -126,6 +129,7 @@ def test_slope_of_gelu():
 
 @every_engine
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
+@pytest.mark.quick_cases(1)
 def test_decoding_goes_on_where_the_prefill_ended(engine, length):
     """From no state, where rows are aligned with mini-batches, token by token over the end of the next one."""
     x = draw_problem(engine, Sizes(52, 8, batch=1)).inputs
@@ -165,6 +169,7 @@ def _with_bias(x):
 
 
 @pytest.mark.parametrize("form", ["recurrent", "aligned", "chunkwise"])
+@pytest.mark.quick_cases(1)
 def test_mini_batches_of_one_are_the_delta_rule(form):
     x = draw_problem(RECORDS[0], Sizes(37, 8, heads=(2, 2, 2))).inputs
     q, k = _with_bias(x)
@@ -173,6 +178,7 @@ def test_mini_batches_of_one_are_the_delta_rule(form):
 
 
 @pytest.mark.parametrize("form", ["recurrent", "aligned", "chunkwise"])
+@pytest.mark.quick_cases(1)
 def test_one_mini_batch_is_linear_attention(form):
     """The gradient at weights of zero is -v for every token."""
     x = draw_problem(RECORDS[0], Sizes(37, 8, heads=(2, 2, 2))).inputs

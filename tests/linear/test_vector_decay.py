@@ -75,6 +75,7 @@ def _cases(op, *quick):
 
 
 @_cases("gla", "T65", "T130_strong")
+@pytest.mark.quick_cases(1)
 def test_fixture_gla(form, case):
     def function(x):
         out, state = vector_decay(x["q"], x["k"], x["v"], x["g"], initial_state=x.get("h0"), form=form)
@@ -84,6 +85,7 @@ def test_fixture_gla(form, case):
 
 
 @_cases("rwkv6", "T65", "T130_strong")
+@pytest.mark.quick_cases(1)
 def test_fixture_rwkv6(form, case):
     def function(x):
         out, state = vector_decay(x["q"], x["k"], x["v"], x["w"], bonus=x["u"], initial_state=x.get("h0"), form=form)
@@ -104,6 +106,7 @@ def test_fixture_rwkv5(form, case):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_equal_channels_are_scalar_decay(form):
     x = fixture.load("simple_gla")["T65"]["in"]
     want = jit(scalar_decay, static_argnames="form")(x["q"], x["k"], x["v"], x["g"], form=form)
@@ -112,6 +115,7 @@ def test_equal_channels_are_scalar_decay(form):
 
 
 @every_form
+@pytest.mark.quick_cases(1)
 def test_no_decay_is_linear_attention(form):
     x = fixture.load("linear_attn")["T65"]["in"]
     want = jit(scalar_decay, static_argnames="form")(x["q"], x["k"], x["v"], form=form)
@@ -120,6 +124,7 @@ def test_no_decay_is_linear_attention(form):
 
 @every_form
 @pytest.mark.parametrize("with_bonus", [False, True])
+@pytest.mark.quick_cases(1)
 def test_constant_decay_per_token_equals_per_head(form, with_bonus):
     """RWKV-6 with a decay that does not depend on the data is RWKV-5."""
     x = fixture.load("rwkv5")["T65"]["in"]

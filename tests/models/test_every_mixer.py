@@ -35,6 +35,7 @@ def batch():
 
 
 @EVERY
+@pytest.mark.quick_cases(2)
 def test_a_config_names_it(name):
     """Gradients of a packed batch, a prefill and a decoding step are traced; the size is about the quickstart's."""
     plan = blueprint(maker(name))

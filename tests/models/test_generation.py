@@ -56,12 +56,14 @@ def test_prefill_in_chunks(chunk):
     assert_same(by_full_passes(), got)
 
 
+@pytest.mark.slow
 def test_one_prompt_alone():
     got = generate(hybrid(), [np.array(PROMPTS[1])], max_new_tokens=STEPS, sampling=GREEDY)
     assert_same(by_full_passes()[1:2], got)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(3.0, top_k=1), Sampling(0.5, top_p=1e-6)], ids=str)
+@pytest.mark.quick_cases(1)
 def test_only_the_best_token_can_be_drawn(sampling):
     got = generate(hybrid(), PROMPTS, max_new_tokens=STEPS, sampling=sampling, key=jax.random.key(3))
     assert_same(by_full_passes(), got)
@@ -83,6 +85,7 @@ def test_all_rows_stop_at_once():
     assert [len(row) for row in rows] == [0] * len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_one_token():
     got = generate(hybrid(), PROMPTS, max_new_tokens=1, sampling=GREEDY)
     assert_same([row[:1] for row in by_full_passes()], got)

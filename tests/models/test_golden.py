@@ -86,6 +86,7 @@ def test_left_padded_logits(make):
 
 
 @MODELS
+@pytest.mark.quick_cases(1)
 def test_greedy_continuation(make):
     g, model = make()
     got = generate(model, g.io["input_ids"], max_new_tokens=12, sampling=Sampling(temperature=0))
@@ -137,6 +138,7 @@ def test_gradients_of_mistral():
     check_gradients("mistral_swa", value, ours)
 
 
+@pytest.mark.slow
 def test_gradients_of_codestral():
     _, value, grad = gradients(codestral)
     ours = {

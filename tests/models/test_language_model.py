@@ -36,6 +36,7 @@ def unrolled(model, tokens, ids):
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.quick_cases(1)
 def test_scan_is_the_blocks_in_order(tied):
     model = hybrid(tie_embeddings=tied)
     assert (model.head is None) == tied
@@ -89,6 +90,7 @@ def losses_and_gradients(model):
     return jax.value_and_grad(loss)(model)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_nothing():
     loss, gradient = losses_and_gradients(hybrid(pattern=("mamba2", "local")))
     loss_remat, gradient_remat = losses_and_gradients(hybrid(pattern=("mamba2", "local"), remat=True))
@@ -111,6 +113,7 @@ def test_recomputation_keeps_less():
     assert stacked(hybrid()) > 0 == stacked(hybrid(remat=True))
 
 
+@pytest.mark.slow
 def test_computation_in_bfloat16():
     model = hybrid(dtype=jnp.bfloat16)
     assert {p.dtype for p in parameters_of(model).values()} == {jnp.dtype(jnp.float32)}

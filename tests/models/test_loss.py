@@ -34,6 +34,7 @@ def with_gradients(f):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 10, 15, 29, 30, 31, 8192])
+@pytest.mark.quick_cases(1)
 def test_values_and_gradients(chunk):
     want, want_gradients = with_gradients(reference)(*arguments())
     got, gradients = with_gradients(lambda *a: token_losses(*a, chunk=chunk))(*arguments())

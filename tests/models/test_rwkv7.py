@@ -48,6 +48,7 @@ def test_prefill_then_decoding_is_one_pass():
     agree(one_pass()[:, 7:], decode(model(), TOKENS[:, 7:], state)[0])
 
 
+@pytest.mark.slow
 def test_generation_follows_the_scores():
     """Prompts of different lengths, one padded at the front."""
     prompts, forward = [TOKENS[0, :9], TOKENS[1, :4]], jit(lambda model, tokens: model(tokens)[0])

@@ -26,6 +26,7 @@ def draw(channels, bonus):
     [(scalar_decay, (), False), (vector_decay, (24,), False), (vector_decay, (24,), True)],
     ids=["scalar", "vector", "bonus"],
 )
+@pytest.mark.quick_cases(1)
 def test_by_name_on_a_cpu(engine, channels, bonus):
     inputs = draw(channels, bonus)
     run = functools.partial(engine, segment_ids=IDS, scale=0.3)

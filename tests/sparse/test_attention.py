@@ -46,6 +46,7 @@ def arguments(case, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.quick_cases(1)
 def test_online_softmax_is_softmax(case):
     arrays, options = arguments(case)
     assert_close(
@@ -54,6 +55,7 @@ def test_online_softmax_is_softmax(case):
 
 
 @pytest.mark.parametrize("name", ["four blocks", "documents and a past"])
+@pytest.mark.quick_cases(1)
 def test_float64(name):
     with jax.enable_x64(True):
         arrays, options = arguments(CASES[name], jnp.float64)
@@ -63,6 +65,7 @@ def test_float64(name):
 
 
 @pytest.mark.parametrize("name", ["four blocks", "documents of a window"])
+@pytest.mark.quick_cases(1)
 def test_bfloat16(name):
     arrays, options = arguments(CASES[name], jnp.bfloat16)
     exact = value_and_gradients("dense", *(x.astype(jnp.float32) for x in arrays), **options)

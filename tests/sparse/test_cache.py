@@ -41,6 +41,7 @@ RING, BUFFER = (WINDOW, WINDOW), (None, LENGTH + 3)
     ("window", "capacity", "chunk"),
     [(*kind, chunk) for kind in (RING, BUFFER) for chunk in CHUNKS] + [(WINDOW, WINDOW + 5, WINDOW + 1)],
 )
+@pytest.mark.quick_cases(1)
 def test_chunks_are_one_pass(window, capacity, chunk):
     arrays, sinks = qkv(LENGTH, value_dim=12), sink_logits()
     want = attend(*arrays, window=window, sinks=sinks, logits_soft_cap=20.0)
@@ -89,6 +90,7 @@ def test_left_padding_does_not_matter(window):
 
 
 @pytest.mark.parametrize("window", [WINDOW, None])
+@pytest.mark.quick_cases(1)
 def test_implementations_agree(window):
     arrays = qkv(20, heads=6)
     run = lambda name: in_chunks(  # noqa: E731

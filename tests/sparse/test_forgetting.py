@@ -56,6 +56,7 @@ def out_and_gradients(function, arrays, weights):
 
 @pytest.mark.parametrize("strength", [pytest.param("weak", marks=pytest.mark.slow), "strong", "heavy"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.quick_cases(1)
 def test_is_the_matrix_with_its_gradients(strength, packed):
     length = 300
     q, k, v = qkv(length, value_dim=10)
@@ -90,6 +91,7 @@ def test_golden():
 
 
 @pytest.mark.parametrize("case", ["T1", "T65"])
+@pytest.mark.quick_cases(1)
 def test_public_reference(case):
     with np.load(OPS / "forgetting_attn.npz") as data:
         x = {key.removeprefix(f"{case}/"): data[key] for key in data if key.startswith(f"{case}/")}
@@ -123,6 +125,7 @@ SPLITS = [(1,) * 12 + (288,), *(pytest.param(x, marks=pytest.mark.slow) for x in
 
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.quick_cases(1)
 def test_any_split_is_one_pass(sizes, packed):
     q, k, v = qkv(300)
     f, ids = gates(300, "strong"), documents(300) if packed else None

@@ -85,6 +85,7 @@ def assert_near(want, got):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("file", "case"), FILES)
+@pytest.mark.quick_cases(1)
 def test_public_references(file, case, implementation):
     with np.load(OPS / f"{file}.npz") as data:
         arrays = {key.split("/", 1)[1]: data[key] for key in data if key.startswith(f"{case}/")}

@@ -53,6 +53,7 @@ def oracle(inputs, segment_ids):
 
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("length", [1, 7, 64, 150])
+@pytest.mark.quick_cases(1)
 def test_equals_the_equation(length, groups):
     inputs = draw(length, groups)
     assert_close(oracle(inputs, np.zeros((2, length), int)), run(**inputs), FLOAT32)
@@ -69,6 +70,7 @@ def test_packed_documents():
 
 
 @pytest.mark.parametrize("sizes", [(150,), (64, 64, 22), (1, 2, 3, 70, 74), (149, 1)], ids=str)
+@pytest.mark.quick_cases(1)
 def test_any_split_over_the_cache_is_one_pass(sizes):
     inputs, start, outs = draw(150), 0, []
     cache = init_path_cache(2, 160, 4, 12, 10)

@@ -29,6 +29,7 @@ def out_and_gradients(implementation, q, k, v, sinks=None, **options):
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LONG]
 )
+@pytest.mark.quick_cases(1)
 def test_is_softmax(name):
     arrays, options = arguments(CASES[name])
     want, got = (out_and_gradients(x, *arrays, **options) for x in ("dense", "mosaic_tpu"))

@@ -36,6 +36,7 @@ def compiled(implementation, window):
     return jax.jit(jax.value_and_grad(loss(implementation, window)))
 
 
+@pytest.mark.quick_cases(1)
 def test_vmap(implementation, window):
     arrays, ids = arguments()
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
@@ -46,12 +47,14 @@ def test_vmap(implementation, window):
         assert_close(want, jax.tree.map(lambda x, index=index: x[index], got), FLOAT32)
 
 
+@pytest.mark.quick_cases(1)
 def test_checkpoint(implementation, window):
     arrays, ids = arguments()
     want = compiled(implementation, window)(arrays, ids)
     assert_close(want, jax.jit(jax.value_and_grad(jax.checkpoint(loss(implementation, window))))(arrays, ids), FLOAT32)
 
 
+@pytest.mark.quick_cases(1)
 def test_shard_map(implementation, window):
     """A mesh of one device types values by axis all the same: sinks are the same on all, queries are not."""
     arrays, ids = arguments()

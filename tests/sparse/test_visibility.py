@@ -39,6 +39,7 @@ def test_a_window_without_causality_reads_both_sides(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.quick_cases(1)
 def test_gradients_of_a_row_stay_in_its_past(window, implementation):
     q, k, v = qkv(130, batch=1)
     row = 70
@@ -54,6 +55,7 @@ def test_gradients_of_a_row_stay_in_its_past(window, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sinks", [None, sink_logits()], ids=["no sinks", "sinks"])
+@pytest.mark.quick_cases(1)
 def test_rows_without_keys_are_zero(sinks, implementation):
     q, k, v = qkv(70, batch=1)
     padding = np.arange(70) % 5 == 0

@@ -155,6 +155,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.quick_cases(3)
 def test_a_damaged_newest_checkpoint_is_passed_over_with_one_line(tmp_path, damage, capfd):
     harm, reason = DAMAGE[damage]
     save_steps(tmp_path, [1, 2])
@@ -357,6 +358,7 @@ kill() if moment == "at once" else checkpoints.wait()
 
 
 @pytest.mark.parametrize("moment", ["at once", "before the commit"])
+@pytest.mark.quick_cases(1)
 def test_a_run_killed_while_saving_resumes_from_the_step_before(tmp_path, moment):
     process = run_script(KILLED, tmp_path, moment)
     _, errors = process.communicate(timeout=120)

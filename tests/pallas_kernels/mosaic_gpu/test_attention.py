@@ -104,11 +104,13 @@ def test_is_softmax(sizes, options):
     ("window", "options"),
     [(40, {}), slow(120, {"sinks": True}), slow(1000, {}), slow(70, {"causal": False}), slow(1, {})],
 )
+@pytest.mark.slow
 def test_windows(window, options):
     sinks = options.pop("sinks", False)
     check(*draw(200, heads=1, sinks=sinks), window=window, **options)
 
 
+@pytest.mark.slow
 def test_sinks_and_soft_cap():
     check(*draw(70, heads=3, kv_heads=3, sinks=True), cap=2.0)
 
@@ -186,6 +188,7 @@ def test_refusals_say_why(change, message):
 
 
 @pytest.mark.parametrize("dim", sorted(TILES))
+@pytest.mark.quick_cases(1)
 def test_lowers_for_cuda(dim):
     (q, k, v, z), d_out, d_lse = draw(256, dim, sinks=True)
     ids = np.zeros((1, 256), np.int32)

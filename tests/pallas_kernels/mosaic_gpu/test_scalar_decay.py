@@ -89,6 +89,7 @@ def test_ragged_lengths_and_sizes(length, key_dim, value_dim):
 @pytest.mark.parametrize(
     "heads", [(1, 1, 2), pytest.param((2, 1, 1), marks=pytest.mark.slow)], ids=["shared q, k", "shared k, v"]
 )
+@pytest.mark.slow
 def test_groups_of_heads(heads):
     check(*draw(130, heads=heads), interpret=INTERPRET)
 
@@ -129,6 +130,7 @@ def test_parts_of_a_row_are_the_row(parts, passes):
 
 
 @passes_of_both
+@pytest.mark.slow
 def test_vmap_is_rows(passes):
     arrays, _, _ = draw(128, batch=3)
     each = [x[:, None] for x in arrays]
@@ -219,6 +221,7 @@ def test_refusals_say_why(change, message):
         (256, "chunks", 5),
     ],
 )
+@pytest.mark.quick_cases(1)
 def test_lowers_for_cuda(dim, passes, kernels):
     arrays, d_out, d_state = draw(256, dim, dim)
     run = lambda *x: kernel(*x, None, scale=1.0, parts=1, passes=passes)  # noqa: E731

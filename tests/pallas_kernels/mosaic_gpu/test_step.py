@@ -28,6 +28,7 @@ def run(*, segment_ids=None, interpret=None, **inputs):
 
 @pytest.mark.parametrize("strength", ["mild", pytest.param("weak", marks=pytest.mark.slow), "extreme"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_is_the_recurrence(kind, strength):
     check(run, draw(kind, strength=strength))
 
@@ -56,11 +57,13 @@ def test_groups_of_heads(heads):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_padding(kind):
     check_padding(run, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_steps_are_one_pass(kind):
     check_is_one_pass(kind, "mosaic_gpu")
 

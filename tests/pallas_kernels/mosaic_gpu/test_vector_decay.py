@@ -88,6 +88,7 @@ def test_is_the_recurrence(gate, bonus):
     ],
 )
 @pytest.mark.parametrize("bonus", [False, slow(True)], ids=["after", "bonus"])
+@pytest.mark.slow
 def test_ragged_lengths_and_sizes(length, key_dim, value_dim, bonus):
     check(*draw(length, key_dim, value_dim, bonus=bonus))
 

@@ -71,43 +71,51 @@ def assert_equals_oracle(drawn, segment_ids=None, limits=(FLOAT32,) * 3, scale=0
 
 
 @of(STRENGTHS, "weak", "strong")
+@pytest.mark.quick_cases(1)
 def test_strengths_of_gates(case):
     assert_equals_oracle(draw(200, 64, 128, strength=case))
 
 
 @of([1, 65, 128, 700], 1, 65, 700)
+@pytest.mark.quick_cases(1)
 def test_lengths(case):
     """One token, a part of a chunk, a chunk, two blocks of three chunks."""
     assert_equals_oracle(draw(case, batch=1))
 
 
 @of([(128, 64), (50, 100), (256, 16)], (50, 100))
+@pytest.mark.slow
 def test_dims(case):
     assert_equals_oracle(draw(200, *case, batch=1))
 
 
 @of([(2, 2, 4), (4, 2, 2), (1, 4, 4), (4, 1, 2)], (2, 2, 4), (4, 2, 2))
+@pytest.mark.quick_cases(1)
 def test_groups_of_heads(case):
     assert_equals_oracle(draw(200, heads=case, batch=1))
 
 
 @of(PACKINGS, "one token", "padding")
+@pytest.mark.quick_cases(1)
 def test_packed_documents(case):
     assert_equals_oracle(draw(196, strength="weak"), PACKINGS[case])
 
 
 @of(STRENGTHS, "weak", "strong")
+@pytest.mark.quick_cases(1)
 def test_bfloat16(case):
     limits = (BFLOAT16_OUT, BFLOAT16_GRAD, BFLOAT16_GATE)
     assert_equals_oracle(draw(700, 128, 64, strength=case, dtype=jnp.bfloat16, batch=1), limits=limits)
 
 
+@pytest.mark.slow
 def test_bfloat16_of_packed_grouped_heads():
     limits = (BFLOAT16_OUT, BFLOAT16_GRAD, BFLOAT16_GATE)
     assert_equals_oracle(draw(196, heads=(2, 2, 4), dtype=jnp.bfloat16), PACKINGS["padding"], limits)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.quick_cases(1)
 def test_scale(scale):
     assert_equals_oracle(draw(65, batch=1), scale=scale)
 
@@ -139,6 +147,7 @@ def test_vmap_and_checkpoint():
     assert_close(want, loss_and_gradients(jax.checkpoint(jax.vmap(row)), arguments, weights), FLOAT32)
 
 
+@pytest.mark.slow
 def test_shard_map():
     arguments, weights = draw(65)
     kernel = lambda *x: scalar_decay(*x, scale=1.0, interpret=INTERPRET)  # noqa: E731

@@ -30,6 +30,7 @@ def run(*, segment_ids=None, interpret=None, **inputs):
 
 @pytest.mark.parametrize("strength", ["mild", pytest.param("weak", marks=pytest.mark.slow), "extreme"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_is_the_recurrence(kind, strength):
     check(run, draw(kind, strength=strength))
 
@@ -43,11 +44,13 @@ def test_sizes(key_dim, value_dim):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_rounded_inputs(kind, dtype):
     check(run, draw(kind, dtype=dtype))
 
 
 @pytest.mark.parametrize("heads", [(2, 2, 4), (4, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.quick_cases(1)
 def test_groups_of_heads(heads):
     check(run, draw("bonus", heads=heads))
 
@@ -58,11 +61,13 @@ def test_blocks_of_several_heads(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_padding(kind):
     check_padding(run, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_steps_are_one_pass(kind):
     check_is_one_pass(kind, "mosaic_tpu")
 

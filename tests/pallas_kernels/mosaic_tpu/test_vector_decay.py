@@ -80,12 +80,14 @@ def assert_equals_oracle(drawn, segment_ids=None, limits=(FLOAT32,) * 3, scale=0
 
 
 @of([(strength, bonus) for strength in STRENGTHS for bonus in (False, True)], ("sigmoid", False), ("extreme", True))
+@pytest.mark.quick_cases(1)
 def test_strengths_of_gates(case):
     strength, bonus = case
     assert_equals_oracle(draw(200, 64, 128, strength=strength, bonus=bonus))
 
 
 @of([1, 65, 128, 700], 700)
+@pytest.mark.slow
 def test_lengths(case):
     """One token, a part of a chunk, a chunk, two blocks of three chunks."""
     assert_equals_oracle(draw(case, heads=(1, 1, 1), strength="weak"))
@@ -113,6 +115,7 @@ def test_packed_documents(case):
 
 
 @of([(strength, bonus) for strength in STRENGTHS for bonus in (False, True)], ("strong", False))
+@pytest.mark.slow
 def test_bfloat16(case):
     strength, bonus = case
     limits = (BFLOAT16_OUT, BFLOAT16_GRAD, BFLOAT16_GATE)
@@ -130,6 +133,7 @@ def test_scale(case):
     assert_equals_oracle(draw(65), scale=case)
 
 
+@pytest.mark.slow
 def test_gates_below_any_exponential():
     """-1e9 forgets all: tokens read their own write alone, and nothing overflows."""
     arguments, weights = draw(200, bonus=False)
@@ -159,6 +163,7 @@ def test_vmap_and_checkpoint():
 
 
 @of([False, True], True)
+@pytest.mark.slow
 def test_shard_map(case):
     arguments, weights = draw(65, batch=2, bonus=case)
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)

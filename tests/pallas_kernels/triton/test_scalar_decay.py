@@ -72,6 +72,7 @@ def check(arrays, d_out, d_state, segment_ids=None, scale=0.3):
 
 
 @pytest.mark.parametrize("gate", [slow(6.0), slow(2.0), -4.0, -30.0], ids=["weak", "mild", "strong", "all but gone"])
+@pytest.mark.quick_cases(1)
 def test_is_the_recurrence(gate):
     check(*draw(200, gate=gate))
 
@@ -79,6 +80,7 @@ def test_is_the_recurrence(gate):
 @pytest.mark.parametrize(
     ("dtype", "gate"), [(jnp.bfloat16, 6.0), slow(jnp.bfloat16, -4.0), (jnp.float16, -4.0), slow(jnp.float16, 6.0)]
 )
+@pytest.mark.quick_cases(1)
 def test_in_two_bytes(dtype, gate):
     check(*draw(130, gate=gate, dtype=dtype))
 
@@ -87,6 +89,7 @@ def test_in_two_bytes(dtype, gate):
     ("length", "key_dim", "value_dim"),
     [(1, 16, 16), (65, 50, 80), *(slow(*x) for x in [(63, 16, 50), (64, 100, 16), (65, 5, 200), (70, 256, 3)])],
 )
+@pytest.mark.quick_cases(1)
 def test_ragged_lengths_and_sizes(length, key_dim, value_dim):
     check(*draw(length, key_dim, value_dim))
 
@@ -174,6 +177,7 @@ SHARED = {
     ],
     ids=lambda x: x[1] if isinstance(x, tuple) else "",
 )
+@pytest.mark.quick_cases(1)
 def test_compiles(target, dtypes, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -101,6 +101,7 @@ def test_one_document_a_row_is_enough():
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.quick_cases(1)
 def test_resumes_exactly(prefetch):
     """After any number of batches, over several epochs and in the middle of documents ten rows long."""
     batches = stream(prefetch=prefetch)
