@@ -46,7 +46,8 @@ UNCOMPILED = {  # by kernels
     "test_kernels_say_what_they_refuse",
     "test_kernels_refuse_second_derivatives",
 }
-OF_THE_REFERENCE = {"test_packed_documents_equal_separate_rows", "test_right_padding_changes_nothing"}
+OF_THE_REFERENCE = {"test_right_padding_changes_nothing"}
+STRONG = ("strong", "weak")  # gates that are quick
 ROUNDED = {"scalar_decay", "delta_rule, scalar", "dplr"}  # quick in bfloat16: a cumulative gate, a solve, low rank
 PACKING = "straddling"
 WHOLE = "scalar_decay"
@@ -85,13 +86,15 @@ def is_of_kernels(engine, test, parameters):
 
 def is_quick(engine, form, test, parameters):
     if engine.name == WHOLE:
-        return form not in engine.slow_forms or test in ANY_FORM
+        return form not in (*engine.slow_forms, "parallel") or test in ANY_FORM
     if engine.of is not None:
         return is_quick_of_kernels(engine, test, parameters)
     if engine.variant or test not in SHARED | ONE_FORM.keys():
         return False
     if parameters.get("packing", PACKING) != PACKING and test == "test_packed_documents_equal_separate_rows":
         return False  # each packing has programs of its own for the oracle
+    if parameters.get("strength", "strong") not in STRONG:
+        return False
     if test in ONE_FORM:
         return ONE_FORM[test] == form and (test != "test_bfloat16" or engine.name in ROUNDED)
     return test == "test_bad_arguments" or form == "chunkwise" or (form == "recurrent" and test in OF_THE_REFERENCE)

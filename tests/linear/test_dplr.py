@@ -50,6 +50,7 @@ def test_golden_rwkv7(form):
 
 
 @cases("dplr", FORMS, "T65")
+@pytest.mark.slow
 def test_fixture_dplr(form, case):
     def function(x):
         inputs = [x[name] for name in ("q", "k", "v", "alpha", "beta", "gk")]

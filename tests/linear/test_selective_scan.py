@@ -86,7 +86,7 @@ def largest_array(program):
 
 
 @pytest.mark.parametrize("form", ["chunkwise", "associative"])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_never_holds_all_states(form):
     """No array of T D N numbers, forward or backward, as the parallel form has."""
     program, temporary = gradient_program(form)

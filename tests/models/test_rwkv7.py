@@ -40,6 +40,7 @@ def one_pass():
     return jit(lambda model, tokens: model(tokens)[0])(model(), TOKENS)
 
 
+@pytest.mark.slow
 def test_prefill_then_decoding_is_one_pass():
     logits, state = jit(lambda model, tokens, state: model(tokens, state))(
         model(), TOKENS[:, :7], model().init_state(2, 20)
@@ -65,6 +66,7 @@ def gradient(model, tokens, weights):
     return jax.grad(lambda model: jnp.sum(weights * model(tokens)[0]))(model)
 
 
+@pytest.mark.slow
 def test_values_of_the_first_layer_go_up():
     """Only the layers above the first mix them in."""
     blocks = gradient(model(), TOKENS, random("weights", 2, 20, VOCAB)).units.blocks

@@ -179,6 +179,7 @@ def test_bfloat16():
     assert_close(run(*(x.astype(jnp.float32) for x in (q, k, v)), f), out.astype(jnp.float32), BFLOAT16_OUT)
 
 
+@pytest.mark.slow
 def test_transformations():
     q, k, v = qkv(150)
     f = gates(150, "strong")
@@ -194,6 +195,7 @@ def test_transformations():
     assert_close(2 * jax.grad(loss)(v[:, :9]), hessian, FLOAT32)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_length():
     def temporary(length):
         arrays = (*qkv(length, batch=1), gates(length, "weak", batch=1))

@@ -82,6 +82,7 @@ def test_any_split_over_the_cache_is_one_pass(sizes):
     assert_close(oracle(inputs, IDS), np.concatenate(outs, axis=1), FLOAT32)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_cached_form():
     """Another algorithm: there the keys pass through the steps, here the queries."""
     inputs, weights = draw(100), np.random.default_rng(1).standard_normal((2, 100, 4, 10))

@@ -112,6 +112,7 @@ def test_other_passes_are_the_recurrence(gate, passes):
 
 
 @passes_of_both
+@pytest.mark.slow
 def test_packed_documents(passes):
     ids = np.stack([row((0, 100), (1, 1), (2, 60), (-1, 9), (5, 130)), row((-1, 30), (3, 200), (4, 1), (-1, 69))])
     arrays, d_out, d_state = draw(300, heads=(1, 1, 1), batch=2)

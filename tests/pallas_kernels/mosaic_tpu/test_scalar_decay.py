@@ -115,7 +115,7 @@ def test_bfloat16_of_packed_grouped_heads():
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_scale(scale):
     assert_equals_oracle(draw(65, batch=1), scale=scale)
 
@@ -139,6 +139,7 @@ def test_no_races(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_vmap_and_checkpoint():
     arguments, weights = draw(65)
     kernel = lambda *x: scalar_decay(*x, scale=1.0, interpret=True)  # noqa: E731

@@ -104,6 +104,7 @@ def test_dims(case):
 
 
 @of([(2, 2, 4), (4, 2, 2), (1, 4, 4), (4, 1, 2)], (4, 1, 2))
+@pytest.mark.slow
 def test_groups_of_heads(case):
     assert_equals_oracle(draw(140, 50, 100, heads=case))
 
