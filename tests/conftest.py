@@ -1,13 +1,16 @@
 """Eight emulated CPU devices for every test: what a mesh does can be proved without an accelerator."""
 
 import gc
+import os
 from collections import defaultdict
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # a program runs for a millisecond, compiles for a second
+# A program runs for a millisecond and compiles for a second; the environment is for processes that tests start.
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

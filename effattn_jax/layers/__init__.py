@@ -17,6 +17,7 @@ from effattn_jax.layers.causal_convolution import CausalConvolution, CausalConvo
 from effattn_jax.layers.comba import Comba
 from effattn_jax.layers.delta_layer import DeltaState
 from effattn_jax.layers.delta_net import DeltaNet
+from effattn_jax.layers.dsa import DSA
 from effattn_jax.layers.fast_weight import FastWeight, FastWeightState
 from effattn_jax.layers.fox import ForgettingAttention, ForgettingState
 from effattn_jax.layers.gated_delta_net import GatedDeltaNet
@@ -25,6 +26,7 @@ from effattn_jax.layers.gated_delta_product import GatedDeltaProduct
 from effattn_jax.layers.gla import GatedLinearAttention, GLAState
 from effattn_jax.layers.hgrn import HGRN, HGRNState
 from effattn_jax.layers.hgrn2 import HGRN2, HGRN2State
+from effattn_jax.layers.infllm2 import InfLLM2
 from effattn_jax.layers.kda import KimiDeltaAttention
 from effattn_jax.layers.l2_norm import l2_norm
 from effattn_jax.layers.layer_norm import LayerNorm
@@ -36,7 +38,9 @@ from effattn_jax.layers.mamba import Mamba, MambaState
 from effattn_jax.layers.mamba2 import Mamba2, Mamba2State
 from effattn_jax.layers.mamba3 import Mamba3, Mamba3State
 from effattn_jax.layers.mesa_net import MesaNet, MesaNetState
+from effattn_jax.layers.moba import MoBA
 from effattn_jax.layers.neural_memory import MemoryState
+from effattn_jax.layers.nsa import NSA
 from effattn_jax.layers.path_attention import PathAttention, PathState
 from effattn_jax.layers.performer import Performer, PerformerState
 from effattn_jax.layers.projection import Projection
@@ -44,6 +48,7 @@ from effattn_jax.layers.retention import MultiScaleRetention, RetentionState
 from effattn_jax.layers.rg_lru import RGLRU, RGLRUState
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.layers.rope import rope
+from effattn_jax.layers.routed import RoutedState
 from effattn_jax.layers.rwkv5 import RWKV5
 from effattn_jax.layers.rwkv6 import RWKV6
 from effattn_jax.layers.rwkv7 import RWKV7, RWKV7State
@@ -66,6 +71,7 @@ MIXERS = {
     "causal_convolution": CausalConvolution,
     "comba": Comba,
     "delta_net": DeltaNet,
+    "dsa": DSA,
     "fast_weight": FastWeight,
     "fox": ForgettingAttention,
     "gated_delta_net": GatedDeltaNet,
@@ -74,6 +80,7 @@ MIXERS = {
     "gla": GatedLinearAttention,
     "hgrn": HGRN,
     "hgrn2": HGRN2,
+    "infllm2": InfLLM2,
     "kda": KimiDeltaAttention,
     "lightning": LightningAttention,
     "linear_attention": LinearAttention,
@@ -82,6 +89,8 @@ MIXERS = {
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "mesa_net": MesaNet,
+    "moba": MoBA,
+    "nsa": NSA,
     "path": PathAttention,
     "performer": Performer,
     "retention": MultiScaleRetention,
@@ -107,10 +116,12 @@ FEED_FORWARDS = {
 """The feed-forward layers a model can name: `layer(x) -> y`, or with a state, like a mixer, where they look back."""
 
 __all__ = [
+    "DSA",
     "FEED_FORWARDS",
     "HGRN",
     "HGRN2",
     "MIXERS",
+    "NSA",
     "RGLRU",
     "RWKV5",
     "RWKV6",
@@ -134,6 +145,7 @@ __all__ = [
     "GatedLinearAttention",
     "HGRN2State",
     "HGRNState",
+    "InfLLM2",
     "KimiDeltaAttention",
     "LayerNorm",
     "LightningAttention",
@@ -155,6 +167,7 @@ __all__ = [
     "MemoryState",
     "MesaNet",
     "MesaNetState",
+    "MoBA",
     "MultiScaleRetention",
     "PathAttention",
     "PathState",
@@ -169,6 +182,7 @@ __all__ = [
     "RWKV7State",
     "RWKVState",
     "RetentionState",
+    "RoutedState",
     "ShortConvolution",
     "SwiGLU",
     "TTTLayerState",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.precision import accumulation_dtype
 from effattn_jax.sparse.arguments import check_numbers, check_qkv
 from effattn_jax.sparse.documents import first_tokens, real_only
 from effattn_jax.sparse.spans import Keys, Plan, Rows, span_attention
@@ -88,6 +89,10 @@ def block_attention(
     if segment_ids is not None and (query_block != 1 or offset is not None):
         checks.fail("segment_ids", f"query_block {query_block}, offset {offset}", "query_block 1 and offset None")
 
+    if q.size == 0 or k.size == 0:
+        accumulate = accumulation_dtype(q.dtype)
+        lse = jnp.full_like(q, -jnp.inf, shape=(batch, length, heads), dtype=accumulate)
+        return jnp.zeros_like(q, shape=(batch, length, heads, v.shape[-1])), lse
     first = jnp.asarray(keys - length if offset is None else offset)
     position = jnp.broadcast_to(first[..., None] + jnp.arange(length), (batch, length))
     query_segments = None

@@ -21,6 +21,7 @@ from tests.layers.records import (
     log_linear_mesa,
     mamba2,
     path,
+    routed,
     rwkv7,
     softmax,
     titans,
@@ -33,6 +34,7 @@ from tests.ratio import FLOAT32, error_ratio
 RECORDS = {
     **softmax.RECORDS,
     **path.RECORDS,
+    **routed.RECORDS,
     **fox.RECORDS,
     **linear_attention.RECORDS,
     **log_linear_mesa.RECORDS,

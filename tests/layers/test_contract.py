@@ -24,6 +24,7 @@ from tests.layers.catalogue import (
     step,
     step_documents,
 )
+from tests.ratio import error_ratio
 
 LENGTH, DECODED = 70, 6
 CAPACITY = 2 * LENGTH
@@ -82,8 +83,13 @@ def test_shapes_and_dtypes(name, dtype):
 @EVERY
 def test_bfloat16_follows_float32(name):
     x = jnp.asarray(inputs(LENGTH), jnp.bfloat16)
-    got = forward(layer(name, jnp.bfloat16), x)
-    agree(forward(layer(name), x.astype(jnp.float32)), got.astype(jnp.float32), limit=BFLOAT16_LAYER)
+    got = forward(layer(name, jnp.bfloat16), x).astype(jnp.float32)
+    want = forward(layer(name), x.astype(jnp.float32))
+    if RECORDS[name].chooses:  # rounding makes a close choice another one: of most tokens, not of all
+        ratios = [error_ratio(*rows) for rows in zip(np.asarray(want)[0], np.asarray(got)[0], strict=True)]
+        assert np.quantile(ratios, 0.8) <= BFLOAT16_LAYER
+    else:
+        agree(want, got, limit=BFLOAT16_LAYER)
 
 
 @EVERY

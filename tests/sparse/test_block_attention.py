@@ -225,6 +225,16 @@ def test_sinks_after_the_softmax(z):
     assert_close(want, with_sinks(*attention(q, k, v, return_lse=True), sinks), FLOAT32)
 
 
+def test_no_queries_and_no_keys():
+    q, k, v = qkv(4)
+    for length, keys in ((0, 4), (4, 0), (0, 0)):
+        lists_of_none = np.zeros((2, length, 2, 1), np.int32)
+        out, lse = block_attention(q[:, :length], k[:, :keys], v[:, :keys], lists_of_none, block_size=4, offset=0)
+        assert out.shape == (2, length, 4, 16)
+        assert not out.any()
+        assert np.isneginf(lse).all()
+
+
 BAD = {
     "lists of other rows": ("block_indices", {"block_indices": np.zeros((2, 7, 2, 1), np.int32)}),
     "lists of floats": ("block_indices", {"block_indices": np.zeros((2, 8, 2, 1), np.float32)}),

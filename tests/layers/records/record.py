@@ -12,3 +12,4 @@ class Record(NamedTuple):
     options: dict
     slow: bool = False  # another layout of a layer that is listed too
     idle: tuple[str, ...] = ()  # beginnings of names of parameters without effect in a layer that stands alone
+    chooses: bool = False  # reads what scores choose

@@ -1,0 +1,58 @@
+"""InfLLM-v2, the attention of MiniCPM-4 (Zhao et al. 2025, arXiv:2509.24663)."""
+
+from typing import Any
+
+from flax import nnx
+
+from effattn_jax.layers.routed import RoutedAttention
+from effattn_jax.sparse.infllm2 import infllm2
+from effattn_jax.typing import Array
+
+
+class InfLLM2(RoutedAttention):
+    """The heads of a group read the first blocks, a window, and the topk blocks that mean keys of short windows choose.
+
+    No parameters beside those of attention: short rows (below `dense_len`) are read whole, with the same weights.
+
+    Args:
+      dim: D.
+      heads, kv_heads, head_dim, qk_norm, rope_theta: as of `Attention`.
+      kernel_size, kernel_stride, block_size, init_blocks, topk, window, dense_len: as of `effattn_jax.sparse.infllm2`.
+        With a state its capacity counts as the row's length.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kernel_size: int = 32,
+        kernel_stride: int = 16,
+        block_size: int = 64,
+        init_blocks: int = 1,
+        topk: int = 64,
+        window: int = 2048,
+        dense_len: int = 8192,
+        rngs: nnx.Rngs,
+        **attention: Any,
+    ):
+        super().__init__(dim, rngs=rngs, **attention)
+        self.options = {
+            "kernel_size": kernel_size,
+            "kernel_stride": kernel_stride,
+            "block_size": block_size,
+            "init_blocks": init_blocks,
+            "topk": topk,
+            "window": window,
+            "dense_len": dense_len,
+        }
+
+    def mixing_flops(self, length: int) -> float:
+        """Floating-point operations a token needs beside the projections, on average over a causal row."""
+        mean = (length + 1) / 2
+        if length < self.options["dense_len"]:
+            return 4 * self.heads * self.head_dim * mean
+        keys = min(mean, self.options["topk"] * self.options["block_size"] + self.options["window"])
+        return self.heads * self.head_dim * (2 * mean / self.options["kernel_stride"] + 4 * keys)
+
+    def read(self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Array | None) -> Array:
+        return infllm2(*asked, *remembered, segment_ids=segment_ids, implementation=self.implementation, **self.options)
