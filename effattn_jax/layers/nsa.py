@@ -8,7 +8,7 @@ from flax import nnx
 
 from effattn_jax.layers.projection import LECUN, Projection
 from effattn_jax.layers.routed import RoutedAttention
-from effattn_jax.sparse.nsa import KV, nsa
+from effattn_jax.sparse.nsa import KV, nsa, nsa_compress
 from effattn_jax.typing import Array, Float, Hidden, Positions
 
 
@@ -17,8 +17,8 @@ class NSA(RoutedAttention):
 
     windows of kernel_size tokens, compressed to one by phi; topk blocks, which the heads of a group share and the
     weights of the first branch choose; the last `window` tokens. phi is W_2 silu(W_1 [x_1 + p_1, ..., x_l + p_l]), one
-    for keys and one for values, with learned places p. Every branch's keys are rotated; compressed keys are made of
-    rotated ones (the paper leaves this open).
+    for keys and one for values, with learned places p. Every branch's keys are rotated, compressed ones by the position
+    of their first token after phi (the paper leaves this open; so a document is alike wherever it begins).
 
     Args:
       dim: D.
@@ -71,11 +71,12 @@ class NSA(RoutedAttention):
 
     def remember(self, x: Hidden, positions: Positions) -> tuple[Array, ...]:
         return (
-            self.key(self.compressed_k_proj(x), positions),
+            self.key(self.compressed_k_proj(x), None),
             self.by_head(self.compressed_v_proj(x)),
             *super().remember(x, positions),
             self.key(self.near_k_proj(x), positions),
             self.by_head(self.near_v_proj(x)),
+            jnp.broadcast_to(positions, x.shape[:2]).astype(jnp.int32),
         )
 
     def ask(self, x: Hidden, positions: Positions) -> tuple[Array, ...]:
@@ -83,14 +84,18 @@ class NSA(RoutedAttention):
         return *super().ask(x, positions), gates.reshape(*x.shape[:2], self.heads, 3)
 
     def read(self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Array | None) -> Array:
-        q, gates = asked
-        branches = [KV(*remembered[n : n + 2]) for n in (0, 2, 4)]
+        (q, gates), (*arrays, positions) = asked, remembered
+        raw, selected, near = (KV(*arrays[n : n + 2]) for n in (0, 2, 4))
+        windows = {name: self.options[name] for name in ("kernel_size", "kernel_stride")}
+        compressed = nsa_compress(*raw, phi_k=self.phi_k, phi_v=self.phi_v, segment_ids=segment_ids, **windows)
+        start = jnp.broadcast_to(compressed.windows.start, (q.shape[0], compressed.k.shape[1]))
+        begins = jnp.take_along_axis(positions, jnp.minimum(start, positions.shape[1] - 1), axis=1)
         return nsa(
             q,
-            *branches,
+            compressed._replace(k=self.rotated(compressed.k, begins)),
+            selected,
+            near,
             gates,
-            phi_k=self.phi_k,
-            phi_v=self.phi_v,
             segment_ids=segment_ids,
             implementation=self.implementation,
             **self.options,

@@ -84,9 +84,11 @@ class RoutedAttention(nnx.Module):
     def by_head(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def key(self, k: Float[Array, "B T GK"], positions: Positions) -> Float[Array, "B T G K"]:
+    def key(self, k: Float[Array, "B T GK"], positions: Positions | None) -> Float[Array, "B T G K"]:
+        """Normed, and rotated where there are positions."""
         k = self.by_head(k)
-        return self.rotated(k if self.k_norm is None else self.k_norm(k), positions)
+        k = k if self.k_norm is None else self.k_norm(k)
+        return k if positions is None else self.rotated(k, positions)
 
     def rotated(self, x: Float[Array, "B T H K"], positions: Positions) -> Float[Array, "B T H K"]:
         return x if self.rope_theta is None else rope(x, positions, theta=self.rope_theta)

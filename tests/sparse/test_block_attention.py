@@ -59,19 +59,20 @@ def finite(tree):
 CASES = {  # T, M, block size, query block, lists a row, other arguments
     "a list a group": (65, 65, 16, 1, 2, {}),
     "a list a head": (33, 33, 16, 1, 4, {}),
-    "one query": (1, 47, 16, 1, 2, {}),
     "the last of the keys": (20, 75, 16, 1, 2, {}),
+    "blocks of queries at the end": (30, 63, 16, 8, 2, {"logits_soft_cap": 3.0, "scale": 0.7}),
+    "tokens": (37, 37, 1, 1, 2, {}),
+    "one query": (1, 47, 16, 1, 2, {}),
     "both ways": (40, 40, 16, 1, 2, {"causal": False}),
     "blocks of queries": (50, 50, 16, 16, 4, {}),
     "one block of queries": (15, 15, 16, 16, 4, {}),
-    "blocks of queries at the end": (30, 63, 16, 8, 2, {"logits_soft_cap": 3.0, "scale": 0.7}),
-    "tokens": (37, 37, 1, 1, 2, {}),
     "narrow blocks": (37, 41, 5, 1, 4, {}),
     "wide blocks": (70, 70, 64, 1, 2, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.quick_cases(5)
 def test_is_the_softmax_over_the_listed_blocks(case):
     length, keys, block_size, query_block, per, options = CASES[case]
     sizes = {"block_size": block_size, "query_block": query_block}
@@ -89,6 +90,7 @@ def test_is_the_softmax_over_the_listed_blocks(case):
 
 
 @pytest.mark.parametrize("block_size", [3, 16])
+@pytest.mark.quick_cases(1)
 def test_documents_have_blocks_of_their_own(block_size):
     length = 61
     q, k, v = qkv(length)
@@ -104,6 +106,7 @@ def test_documents_have_blocks_of_their_own(block_size):
 
 
 @pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.quick_cases(1)
 def test_a_list_is_a_set(block_size):
     q, k, v = qkv(48)
     indices = np.stack([np.random.default_rng(i).permutation(48 // block_size)[:3] for i in range(2 * 48 * 2)])
@@ -163,6 +166,7 @@ def test_bfloat16():
     assert_close(want[1], gradients, BFLOAT16_GRAD)
 
 
+@pytest.mark.slow
 def test_transformations():
     q, k, v = qkv(32)
     indices = lists(3, 32, 32, block_size=16)
@@ -218,6 +222,7 @@ def test_of_no_keys_nothing_is_joined():
 
 
 @pytest.mark.parametrize("z", [-5.0, 0.0, 5.0, 30.0, 80.0])
+@pytest.mark.quick_cases(3)
 def test_sinks_after_the_softmax(z):
     q, k, v = qkv(20)
     sinks = jnp.full(4, z)
