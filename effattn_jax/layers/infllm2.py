@@ -36,7 +36,7 @@ class InfLLM2(RoutedAttention):
         **attention: Any,
     ):
         super().__init__(dim, rngs=rngs, **attention)
-        self.options = {
+        self.options: dict[str, Any] = {
             "kernel_size": kernel_size,
             "kernel_stride": kernel_stride,
             "block_size": block_size,

@@ -43,7 +43,7 @@ class NSA(RoutedAttention):
         **attention: Any,
     ):
         super().__init__(dim, rngs=rngs, **attention)
-        self.options = {
+        self.options: dict[str, Any] = {
             "kernel_size": kernel_size,
             "kernel_stride": kernel_stride,
             "block_size": block_size,
@@ -86,7 +86,7 @@ class NSA(RoutedAttention):
     def read(self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Array | None) -> Array:
         (q, gates), (*arrays, positions) = asked, remembered
         raw, selected, near = (KV(*arrays[n : n + 2]) for n in (0, 2, 4))
-        windows = {name: self.options[name] for name in ("kernel_size", "kernel_stride")}
+        windows: dict[str, Any] = {name: self.options[name] for name in ("kernel_size", "kernel_stride")}
         compressed = nsa_compress(*raw, phi_k=self.phi_k, phi_v=self.phi_v, segment_ids=segment_ids, **windows)
         start = jnp.broadcast_to(compressed.windows.start, (q.shape[0], compressed.k.shape[1]))
         begins = jnp.take_along_axis(positions, jnp.minimum(start, positions.shape[1] - 1), axis=1)

@@ -130,16 +130,18 @@ class RoutedAttention(nnx.Module):
             segment_ids = jnp.broadcast_to(document[:, None], (batch, length))
         ids = jnp.where(jnp.asarray(segment_ids) >= 0, jnp.asarray(segment_ids), -1).astype(jnp.int32)
         order = _padding_first(ids)
-        asked, new, kept = (_take(y, order) for y in (asked, new, ids))
+        asked, new, kept = _take(asked, order), _take(new, order), _take(ids, order)
         if state is not None:
-            joined = jax.tree.map(lambda *y: jnp.concatenate(y, 1), (state.tokens, state.segment_ids), (new, kept))
-            new, kept = _take(joined, _padding_first(joined[1]))
+            new = tuple(jnp.concatenate(pair, axis=1) for pair in zip(state.tokens, new, strict=True))
+            kept = jnp.concatenate([state.segment_ids, kept], axis=1)
+            newest_last = _padding_first(kept)
+            new, kept = _take(new, newest_last), _take(kept, newest_last)
         out = _take(self.read(asked, new, kept), jnp.argsort(order, axis=1))
         out = jnp.where((ids >= 0)[:, :, None, None], out, 0)
         if state is not None and document is not None:
             slots = state.segment_ids.shape[1]
-            last = jax.tree.map(lambda y: y[:, y.shape[1] - slots :], (new, kept))
-            state = RoutedState(*last, state.length + length, document)
+            last = tuple(y[:, y.shape[1] - slots :] for y in new)
+            state = RoutedState(last, kept[:, kept.shape[1] - slots :], state.length + length, document)
         return self.out_proj(out.reshape(batch, length, -1)), state
 
 
