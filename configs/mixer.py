@@ -16,16 +16,19 @@ DIM, HEADS = 160, 4
 HEAD_DIM = DIM // HEADS
 DELTA = {"heads": HEADS, "head_dim": HEAD_DIM}
 MAMBA = {"head_dim": HEAD_DIM, "state_dim": 32}
+WINDOWS = {"kernel_size": 16, "kernel_stride": 8, "block_size": 32}
 OPTIONS: dict[str, dict[str, Any]] = {
     "attention": {"heads": HEADS},
     "comba": DELTA | {"expand_v": 1.0},
     "delta_net": DELTA,
+    "dsa": {"heads": HEADS, "index_heads": HEADS, "index_dim": 32, "topk": 128},
     "fast_weight": {"heads": HEADS},
     "fox": {"heads": HEADS},
     "gated_delta_net": DELTA | {"expand_v": 1.0},
     "gated_delta_net2": DELTA,
     "gated_delta_product": DELTA | {"expand_v": 1.0},
     "hgrn2": {"head_dim": HEAD_DIM},
+    "infllm2": {"heads": HEADS, "kv_heads": 2} | WINDOWS | {"topk": 4, "window": 64, "dense_len": 0},
     "kda": DELTA,
     "lightning": {"heads": HEADS},
     "linear_attention": {"heads": HEADS},
@@ -33,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": MAMBA,
     "mamba3": MAMBA,
     "mesa_net": DELTA,
+    "moba": {"heads": HEADS, "block_size": 64, "topk": 3},
+    "nsa": {"heads": HEADS, "kv_heads": 2} | WINDOWS | {"topk": 4, "window": 64},
     "path": {"heads": HEADS},
     "performer": {"heads": HEADS},
     "retention": {"heads": HEADS},

@@ -1,10 +1,12 @@
-"""The README's tables of mechanisms, read from the code: engines with their forms, layers with their state.
+"""The README's tables of mechanisms, read from the code: engines with their forms, selections, layers.
 
     python -m experiments.mechanism_table [--write]
 
 Prints the tables; --write puts them into README.md between their markers.
 """
 
+import contextlib
+import importlib
 import inspect
 import math
 import re
@@ -76,6 +78,76 @@ def engine_rows() -> Iterator[tuple[str, ...]]:
         yield f"`{name}`", forms(engine), state_shape(engine), papers(text)
 
 
+def selections() -> dict[str, Callable[..., Any]]:
+    """The functions of `sparse` that attend to what they, a mask or a list select."""
+    found = {name: getattr(sparse, name) for name in sparse.__all__}
+    parts = ("cached_", "init_", "append_", "prefill_")
+    return {
+        name: f
+        for name, f in found.items()
+        if inspect.isfunction(f)
+        and f not in (*SOFTMAX, sparse.merge, sparse.with_sinks, sparse.nsa_compress, sparse.indexer_loss)
+        and (not name.startswith(parts) or name in ("cached_cluster_kv", "cached_retro"))
+        and not name.endswith("_prefill")
+    }
+
+
+def selection_rows() -> Iterator[tuple[str, ...]]:
+    for name, f in sorted(selections().items()):
+        module = inspect.getmodule(f)
+        assert module is not None
+        name_of_module = module.__name__.rpartition(".")[2]
+        records = _records(name_of_module)
+        first = next(iter(inspect.signature(f).parameters.values()))
+        decodes = "B 1" in getattr(first.annotation, "dim_str", "")
+        by_design = "not strictly causal" in " ".join(f"{module.__doc__}{f.__doc__}".split())
+        causal = {record.causal for record in records} or {not by_design}
+        trainable = not decodes and all(record.trainable for record in records)
+        what = (module.__doc__ or "").partition("\n")[0].rstrip(".")
+        yield (
+            f"`{name}`",
+            re.sub(r" \(.*arXiv.*", "", what),
+            "yes" if trainable else "no",
+            "decoding" if decodes else "either" if len(causal) == 2 else "yes" if True in causal else "no",
+            _cache(f, module),
+            str(_tests(name_of_module, records)),
+            papers(inspect.getsource(module)),
+        )
+
+
+def _records(module: str) -> list[Any]:
+    """Those of a module in the suite that all mechanisms go through."""
+    try:
+        return importlib.import_module(f"tests.sparse.records.{RECORDS_OF.get(module, module)}").RECORDS
+    except ModuleNotFoundError:
+        return []
+
+
+RECORDS_OF = {"masked_attention": "patterns"}
+TESTS_OF = {"retro": "cluster_kv"}
+
+
+def _cache(f: Callable[..., Any], module: Any) -> str:
+    """What remembers the tokens while it decodes."""
+    given = inspect.signature(f).parameters.get("cache")
+    if given is not None:
+        return f"`{given.annotation.__name__}`"
+    with contextlib.suppress(ModuleNotFoundError):
+        module = importlib.import_module(f"{module.__name__}_cache")
+    own = [name for name, x in vars(module).items() if name.endswith("Cache") and x.__module__ == module.__name__]
+    return ", ".join(f"`{name}`" for name in own)
+
+
+def _tests(module: str, records: list[Any]) -> int:
+    """Test functions of its own, and those of the suite that its records go through."""
+    text = "".join(
+        path.read_text()
+        for path in (README.parent / "tests" / "sparse").glob(f"test_{TESTS_OF.get(module, module)}*.py")
+    )
+    suite = (README.parent / "tests" / "sparse" / "test_mechanisms.py").read_text()
+    return text.count("\ndef test_") + len(records) * suite.count("\ndef test_")
+
+
 def layer_rows() -> Iterator[tuple[str, ...]]:
     functions = {id(f): name for name, f in engines().items()}
     for name, layer in sorted(MIXERS.items()):
@@ -116,7 +188,8 @@ def _state(layer: Any) -> str:
 
 
 def _needs_heads(layer: Any) -> bool:
-    heads = inspect.signature(layer.__init__).parameters.get("heads")
+    given = [inspect.signature(base.__init__).parameters.get("heads") for base in layer.__mro__]
+    heads = next((x for x in given if x is not None), None)
     return heads is not None and heads.default is inspect.Parameter.empty
 
 
@@ -129,6 +202,9 @@ def tables() -> dict[str, str]:
     """By the name of their markers in the README."""
     return {
         "engines": table(("function", "forms", "state", "papers"), engine_rows()),
+        "selections": table(
+            ("function", "what", "trainable", "strictly causal", "cache", "tests", "papers"), selection_rows()
+        ),
         "layers": table(
             ("mixer", "class", "engine", f"numbers remembered (dim {DIM}, defaults)", "papers"), layer_rows()
         ),

@@ -7,7 +7,8 @@ Keys are the queries, made unit: k_j = x_j / |x_j|. A round r hashes every token
 sorts the tokens by bucket and position, and cuts them into chunks; a chunk reads itself and the chunk before it. (The
 first chunk has none before it; in the authors' code it reads the last chunk of another round.) A token reads itself
 only where there is nothing else, in any round. Rounds are joined by their log-sum-exps; a pair that meets in c rounds
-counts c times, or once with `count_once`.
+counts c times, or once with `count_once`. Where a chunk ends depends on all tokens of the row: rows are not strictly
+causal.
 """
 
 import functools
