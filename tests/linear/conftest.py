@@ -1,7 +1,7 @@
 """Which combinations of engines, forms and checks are run, and when.
 
 A program takes seconds to compile and milliseconds to run. The quick tests of an engine are those that share two
-programs a form, with and without documents; one engine, scalar decay, goes quickly through everything there is.
+programs of its chunkwise form, with and without documents; one engine, scalar decay, goes quickly through most there is.
 """
 
 import pytest
@@ -46,7 +46,6 @@ UNCOMPILED = {  # by kernels
     "test_kernels_say_what_they_refuse",
     "test_kernels_refuse_second_derivatives",
 }
-OF_THE_REFERENCE = {"test_right_padding_changes_nothing"}
 STRONG = ("strong", "weak")  # gates that are quick
 ROUNDED = {"scalar_decay", "delta_rule, scalar", "dplr"}  # quick in bfloat16: a cumulative gate, a solve, low rank
 PACKING = "straddling"
@@ -97,7 +96,7 @@ def is_quick(engine, form, test, parameters):
         return False
     if test in ONE_FORM:
         return ONE_FORM[test] == form and (test != "test_bfloat16" or engine.name in ROUNDED)
-    return test == "test_bad_arguments" or form == "chunkwise" or (form == "recurrent" and test in OF_THE_REFERENCE)
+    return test == "test_bad_arguments" or form == "chunkwise"
 
 
 def is_quick_of_kernels(engine, test, parameters):
