@@ -1,7 +1,7 @@
 """Which combinations of engines, forms and checks are run, and when.
 
 A program takes seconds to compile and milliseconds to run. The quick tests of an engine are those that share two
-programs of its chunkwise form, with and without documents; one engine, scalar decay, goes quickly through most there is.
+programs of its chunkwise form, with and without documents; one engine, scalar decay, goes quickly through most checks.
 """
 
 import pytest
