@@ -5,19 +5,6 @@
 Two kernels do the work, `attention_forward.forward` and `attention_backward.backward`, where the schedules and the
 floors are; here are the sizes they run with, what fills up a tile, and the little that XLA does around them: the row
 sums D of the backward pass, the gradient of a sink, dz = -sum_i e^{z - L_i} D_i, and the rounding of dq.
-
-Measured on an H100 at B4 T8192 H16 K = V = 128, bfloat16, causal; with a backward pass, forward and backward together:
-
-    forward       one by one, 128 keys          1.927 ms
-                  overlap, 128 keys             1.978
-                  overlap, 64 keys, 4 stages    2.291
-                  cuDNN                         1.965
-    and backward  64 queries, 2 stages          7.972
-                  64 queries, 1 stage           9.877
-                  cuDNN                         7.403
-    window 1024   forward 0.622, and backward 2.569, with overlap and 128 keys
-
-Both kernels have changed since, see "Not timed yet" in each; the sizes below for 64 and 256 were not timed at all.
 """
 
 import functools
@@ -34,7 +21,7 @@ from pallas_kernels.mosaic_gpu.rows import fold_rows
 # Sizes by head dimension; smaller ones are filled up with zeros.
 TILES = {
     64: (Tiles(keys=128), BackwardTiles(queries=64)),
-    128: (Tiles(keys=128, overlap=False), BackwardTiles(queries=64)),
+    128: (Tiles(keys=128), BackwardTiles(queries=64)),
     256: (Tiles(keys=64), BackwardTiles(queries=64, stages=1, warpgroups=1, parts=2)),
 }
 KEYS = 128  # keys come in such blocks
