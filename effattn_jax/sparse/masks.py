@@ -143,7 +143,7 @@ class Stride(Mask):
 
 @static
 class Sinks(Mask):
-    """j < count: the first keys."""
+    """j < count: the first keys, for queries before them too; `& Causal()` leaves those out."""
 
     count: int
 
