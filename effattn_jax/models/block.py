@@ -8,17 +8,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn_jax import checks
-from effattn_jax.layers import FEED_FORWARDS, MIXERS, RMSNorm
+from effattn_jax.layers import FEED_FORWARDS, MIXERS
 from effattn_jax.layers.first_value import FirstValue
+from effattn_jax.layers.norms import NORMS
+from effattn_jax.models.residual import Residual
 from effattn_jax.typing import Array, Hidden, Positions, SegmentIds
 
 
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); without the second half where `mlp_dim` is 0.
 
-    `mixer` is a name of `effattn_jax.layers.MIXERS`, `mlp` one of `FEED_FORWARDS`. Layers whose constructor has
-    `layer_index` and `layer_count` are told their place in the stack. The state is the mixer's, or a pair where the
-    feed-forward layer has one too.
+    Layers whose constructor has `layer_index` and `layer_count` are told their place in the stack. The state is the
+    mixer's, or a pair where the feed-forward layer has one too.
+
+    Args:
+      mixer, options: a name of `effattn_jax.layers.MIXERS` and the options of its layer.
+      mlp_dim, mlp, mlp_options: size, name in `FEED_FORWARDS` and options of the feed-forward layer.
+      norm: a name of `effattn_jax.layers.norms.NORMS`.
+      post_norm: norms after the mixer and the feed-forward layer too, before they join the stream (Gemma 2 and 3).
+      residual, mlp_residual: how the two join the stream, see `Residual`.
     """
 
     def __init__(
@@ -29,27 +37,32 @@ class Block(nnx.Module):
         *,
         mlp_dim: int,
         mlp: str = "swiglu",
+        mlp_options: Mapping[str, Any] | None = None,
+        norm: str = "rms",
+        post_norm: bool = False,
+        residual: Residual | Mapping[str, Any] | None = None,
+        mlp_residual: Residual | Mapping[str, Any] | None = None,
         layer_index: int | Array = 0,
         layer_count: int = 1,
         norm_eps: float = 1e-6,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if mixer not in MIXERS:
-            checks.fail("mixer", repr(mixer), f"one of {', '.join(sorted(MIXERS))}")
-        if mlp not in FEED_FORWARDS:
-            checks.fail("mlp", repr(mlp), f"one of {', '.join(sorted(FEED_FORWARDS))}")
+        for argument, name, known in (("mixer", mixer, MIXERS), ("mlp", mlp, FEED_FORWARDS), ("norm", norm, NORMS)):
+            if name not in known:
+                checks.fail(argument, repr(name), f"one of {', '.join(sorted(known))}")
         place = {"layer_index": layer_index, "layer_count": layer_count}
-        self.norm = RMSNorm(dim, eps=norm_eps, dtype=dtype)
-        try:
-            self.mixer = MIXERS[mixer](dim, **_accepted(MIXERS[mixer], place) | dict(options), dtype=dtype, rngs=rngs)
-        except TypeError as error:  # an option the mixer does not have
-            raise checks.ArgumentError(f"mixer {mixer!r}: {error}") from error
-        self.mlp_norm = RMSNorm(dim, eps=norm_eps, dtype=dtype) if mlp_dim else None
-        feed_forward = FEED_FORWARDS[mlp]
+        make_norm = lambda wanted: NORMS[norm](dim, eps=norm_eps, dtype=dtype) if wanted else None  # noqa: E731
+        self.norm: Any = make_norm(True)
+        self.mixer = _layer("mixer", mixer, MIXERS[mixer], (dim,), place, options, dtype, rngs)
+        self.post_norm = make_norm(post_norm)
+        self.mlp_norm = make_norm(mlp_dim)
+        feed_forward, mlp_options = FEED_FORWARDS[mlp], mlp_options or {}
         self.mlp: Any = (
-            feed_forward(dim, mlp_dim, **_accepted(feed_forward, place), dtype=dtype, rngs=rngs) if mlp_dim else None
+            _layer("mlp", mlp, feed_forward, (dim, mlp_dim), place, mlp_options, dtype, rngs) if mlp_dim else None
         )
+        self.mlp_post_norm = make_norm(post_norm and mlp_dim)
+        self.residual, self.mlp_residual = Residual.of(residual), Residual.of(mlp_residual)
 
     def init_state(self, batch_size: int, max_length: int) -> Any:
         state = self.mixer.init_state(batch_size, max_length)
@@ -81,18 +94,40 @@ class Block(nnx.Module):
         where = {"segment_ids": segment_ids, "positions": positions}
         stateful = self.mlp is not None and hasattr(self.mlp, "init_state")
         mixer_state, mlp_state = state if stateful and state is not None else (state, None)
+        normed = self.norm(x)
         if hasattr(self.mixer, "with_first_value"):
-            y, mixer_state, first = self.mixer.with_first_value(self.norm(x), mixer_state, first, **where)
+            y, mixer_state, first = self.mixer.with_first_value(normed, mixer_state, first, **where)
         else:
-            y, mixer_state = self.mixer(self.norm(x), mixer_state, **where)
-        x = x + y
+            y, mixer_state = self.mixer(normed, mixer_state, **where)
+        x = self.residual(x, normed, y if self.post_norm is None else self.post_norm(y))
         if self.mlp is None or self.mlp_norm is None:
             return x, mixer_state, first
-        if not stateful:
-            return x + self.mlp(self.mlp_norm(x)), mixer_state, first
-        y, mlp_state = self.mlp(self.mlp_norm(x), mlp_state, **where)
-        return x + y, None if state is None else (mixer_state, mlp_state), first
+        normed = self.mlp_norm(x)
+        if stateful:
+            y, mlp_state = self.mlp(normed, mlp_state, **where)
+            mixer_state = None if state is None else (mixer_state, mlp_state)
+        else:
+            y = self.mlp(normed)
+        return (
+            self.mlp_residual(x, normed, y if self.mlp_post_norm is None else self.mlp_post_norm(y)),
+            mixer_state,
+            first,
+        )
 
 
-def _accepted(layer: Any, place: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in place.items() if name in inspect.signature(layer.__init__).parameters}
+def _layer(
+    kind: str,
+    name: str,
+    layer: Any,
+    sizes: tuple[int, ...],
+    place: Mapping[str, Any],
+    options: Mapping[str, Any],
+    dtype: Any,
+    rngs: nnx.Rngs,
+) -> Any:
+    known = inspect.signature(layer.__init__).parameters
+    place = {key: value for key, value in place.items() if key in known}
+    try:
+        return layer(*sizes, **place | dict(options), dtype=dtype, rngs=rngs)
+    except TypeError as error:  # an option the layer does not have
+        raise checks.ArgumentError(f"{kind} {name!r}: {error}") from error

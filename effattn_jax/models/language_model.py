@@ -1,15 +1,16 @@
 """A language model: a pattern of mixers, repeated, between an embedding and a head."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from effattn_jax import checks
-from effattn_jax.layers import MIXERS, Projection, RMSNorm
+from effattn_jax.layers import MIXERS, LayerNorm, Projection
 from effattn_jax.layers.first_value import FirstValue, no_first_value
+from effattn_jax.layers.norms import NORMS
 from effattn_jax.models.activations import shard_batch
 from effattn_jax.models.block import Block
 from effattn_jax.typing import Array, Float, Hidden, Logits, Positions, SegmentIds, Tokens
@@ -31,19 +32,26 @@ class Unit(nnx.Module):
             new_states.append(state)
         return x, first, tuple(new_states)
 
-    def first_value(self, x: Hidden) -> FirstValue | None:
-        """What the first layer finds; None where no mixer of the pattern passes its values up."""
-        mixers = [block.mixer for block in self.blocks if hasattr(block.mixer, "with_first_value")]
-        return no_first_value(x, mixers[0].value_dim, x.dtype) if mixers else None
+
+class StackState(NamedTuple):
+    """States of the blocks before, in and after the repeated part; those of the repeated part are stacked."""
+
+    before: tuple[Any, ...]
+    repeated: tuple[Any, ...]
+    after: tuple[Any, ...]
+
+
+BLOCK_OPTIONS = ("mlp_dim", "mlp", "mlp_options", "residual", "mlp_residual")
 
 
 class LanguageModel(nnx.Module):
     """`logits, state = model(tokens, state=None, segment_ids=None, positions=None)`: the contract of a layer.
 
     The pattern is a sequence of names. A name stands for the options under it in `mixers`: those of the mixer, `kind`,
-    a mixer of `effattn_jax.layers.MIXERS` (the name itself where it is left out), and `mlp_dim`, the size of its
-    block's feed-forward layer. A mixer that is not there takes its defaults. The pattern repeats `repeats` times, its
-    parameters stacked along a leading axis: one `lax.scan` runs them, so compile time does not grow with depth.
+    a mixer of `effattn_jax.layers.MIXERS` (the name itself where it is left out), and those of its block alone:
+    `mlp_dim`, `mlp`, `mlp_options`, `residual`, `mlp_residual` (see `Block`). A mixer that is not there takes its
+    defaults. The pattern repeats `repeats` times, its parameters stacked along a leading axis: one `lax.scan` runs
+    them, so compile time does not grow with depth. The blocks of `before` and `after`, names too, run once.
 
         LanguageModel(vocab_size=258, dim=256, mlp_dim=704, pattern=("mamba2", "mamba2", "local"), repeats=2,
                       mixers={"mamba2": {"state_dim": 64}, "local": {"kind": "attention", "heads": 4, "window": 128}},
@@ -53,8 +61,14 @@ class LanguageModel(nnx.Module):
       vocab_size: rows of the embedding.
       dim: size D of the residual stream.
       mlp_dim: hidden size of the feed-forward layers; 0 for none.
-      mlp: their kind, a name of `effattn_jax.layers.FEED_FORWARDS`.
+      mlp, mlp_options: their kind, a name of `effattn_jax.layers.FEED_FORWARDS`, and its options.
+      norm, post_norm: see `Block`; the last norm is of this kind too.
+      residual, mlp_residual: see `Block`.
       tie_embeddings: the head is the transposed embedding.
+      embedding_scale: the embeddings are multiplied by it (Gemma: sqrt(D)), rounded to `dtype` first.
+      embedding_norm: a LayerNorm after the embedding (RWKV).
+      logits_scale: the hidden state is multiplied by it before the head (MiniCPM).
+      logits_soft_cap: c; the logits are c tanh(logits / c) (Gemma 2).
       remat: recompute each block in the backward pass instead of keeping what is inside.
       dtype: of computation; parameters are float32.
     """
@@ -68,8 +82,19 @@ class LanguageModel(nnx.Module):
         pattern: Sequence[str],
         repeats: int,
         mixers: Mapping[str, Mapping[str, Any]],
+        before: Sequence[str] = (),
+        after: Sequence[str] = (),
         mlp: str = "swiglu",
+        mlp_options: Mapping[str, Any] | None = None,
+        norm: str = "rms",
+        post_norm: bool = False,
+        residual: Mapping[str, Any] | None = None,
+        mlp_residual: Mapping[str, Any] | None = None,
         tie_embeddings: bool = True,
+        embedding_scale: float = 1.0,
+        embedding_norm: bool = False,
+        logits_scale: float = 1.0,
+        logits_soft_cap: float | None = None,
         norm_eps: float = 1e-6,
         remat: bool = False,
         dtype: Any = jnp.float32,
@@ -77,51 +102,64 @@ class LanguageModel(nnx.Module):
     ):
         if not pattern or repeats < 1:
             checks.fail("pattern", f"{tuple(pattern)!r} x {repeats}", "at least one mixer, repeated at least once")
-        for name in pattern:
+        for name in (*before, *pattern, *after):
             if name not in mixers and name not in MIXERS:
                 known = ", ".join(sorted({*mixers, *MIXERS}))
                 checks.fail("pattern", repr(name), f"a name under mixers, or of a mixer: {known}")
+        if norm not in NORMS:
+            checks.fail("norm", repr(norm), f"one of {', '.join(sorted(NORMS))}")
         self.vocab_size, self.repeats, self.remat, self.dtype = vocab_size, repeats, remat, dtype
-        options = [dict(mixers.get(name, {})) for name in pattern]
-        mlp_dims = [given.pop("mlp_dim", mlp_dim) for given in options]
-        kinds = [given.pop("kind", name) for name, given in zip(pattern, options, strict=True)]
+        self.embedding_scale, self.logits_scale, self.logits_soft_cap = embedding_scale, logits_scale, logits_soft_cap
+        of_all: dict[str, Any] = {"mlp_dim": mlp_dim, "mlp": mlp, "mlp_options": mlp_options}
+        of_all |= {"residual": residual, "mlp_residual": mlp_residual}
+        layer_count = len(before) + repeats * len(pattern) + len(after)
+
+        def unit(names: Sequence[str], first_layer: int | Array, rngs: nnx.Rngs) -> Unit:
+            blocks = []
+            for i, name in enumerate(names):
+                options = dict(mixers.get(name, {}))
+                of_block = of_all | {key: options.pop(key) for key in BLOCK_OPTIONS if key in options}
+                place: dict[str, Any] = {"layer_index": first_layer + i, "layer_count": layer_count}
+                shared: dict[str, Any] = {
+                    "norm": norm,
+                    "post_norm": post_norm,
+                    "norm_eps": norm_eps,
+                    "dtype": dtype,
+                    "rngs": rngs,
+                }
+                blocks.append(Block(dim, options.pop("kind", name), options, **of_block, **place, **shared))
+            return Unit(blocks)
 
         @nnx.split_rngs(splits=repeats)
         @nnx.vmap(in_axes=(0, 0), out_axes=0)
         def stack(rngs: nnx.Rngs, first_layer: Array) -> Unit:
-            return Unit(
-                [
-                    Block(
-                        dim,
-                        kind,
-                        given,
-                        mlp_dim=size,
-                        mlp=mlp,
-                        layer_index=first_layer + i,
-                        layer_count=repeats * len(kinds),
-                        norm_eps=norm_eps,
-                        dtype=dtype,
-                        rngs=rngs,
-                    )
-                    for i, (kind, given, size) in enumerate(zip(kinds, options, mlp_dims, strict=True))
-                ]
-            )
+            return unit(pattern, first_layer, rngs)
 
         embedding = nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, dim), jnp.float32)
         self.embedding = nnx.Param(embedding, axes=("vocab", "embed"))
-        self.units = stack(rngs, len(kinds) * jnp.arange(repeats))
-        self.final_norm = RMSNorm(dim, eps=norm_eps, dtype=dtype)
+        self.embedding_norm = LayerNorm(dim, eps=norm_eps, dtype=dtype) if embedding_norm else None
+        self.before = unit(before, 0, rngs) if before else None
+        self.units = stack(rngs, len(before) + len(pattern) * jnp.arange(repeats))
+        self.after = unit(after, layer_count - len(after), rngs) if after else None
+        self.final_norm: Any = NORMS[norm](dim, eps=norm_eps, dtype=dtype)
         self.head = None if tie_embeddings else Projection(dim, vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
 
-    def init_state(self, batch_size: int, max_length: int) -> Any:
+    def parts(self) -> Iterator[tuple[int, Block]]:
+        """Each block with the number of times it is there, in the order in which they run first."""
+        for unit, times in ((self.before, 1), (self.units, self.repeats), (self.after, 1)):
+            for block in () if unit is None else unit.blocks:
+                yield times, block
+
+    def init_state(self, batch_size: int, max_length: int) -> StackState:
         """The state of every block, stacked over repetitions like the parameters."""
         graph, parameters = nnx.split(self.units)
 
-        def start(parameters: Any) -> Any:  # of one repetition: a layer may look at its own parameters
-            blocks = nnx.merge(graph, parameters).blocks
-            return tuple(block.init_state(batch_size, max_length) for block in blocks)
+        def start(unit: Unit | None) -> tuple[Any, ...]:
+            return () if unit is None else tuple(block.init_state(batch_size, max_length) for block in unit.blocks)
 
-        return jax.vmap(start)(parameters)
+        # of one repetition: a layer may look at its own parameters
+        repeated = jax.vmap(lambda parameters: start(nnx.merge(graph, parameters)))(parameters)
+        return StackState(start(self.before), repeated, start(self.after))
 
     def hidden(
         self,
@@ -131,22 +169,43 @@ class LanguageModel(nnx.Module):
         segment_ids: SegmentIds | None = None,
         positions: Positions | None = None,
     ) -> tuple[Hidden, Any]:
-        """The residual stream after the last norm: what the head reads."""
-        x = shard_batch(jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype))
-        graph, parameters = nnx.split(self.units)
+        """The residual stream after the last norm, scaled: what the head reads."""
+        x = self.embed(tokens)
+        empty = lambda unit: () if unit is None else (None,) * len(unit.blocks)  # noqa: E731
         if state is None:
-            state = (None,) * len(self.units.blocks)
+            before, repeated, after = map(empty, (self.before, self.units, self.after))
+        else:
+            before, repeated, after = state
+        graph, parameters = nnx.split(self.units)
+        where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
 
         def repetition(carry: tuple[Hidden, Any], layer: tuple[Any, Any]) -> tuple[tuple[Hidden, Any], Any]:
             parameters, states = layer
-            unit = nnx.merge(graph, parameters)
-            x, first, states = unit(*carry, states, self.remat, segment_ids=segment_ids, positions=positions)
+            x, first, states = nnx.merge(graph, parameters)(*carry, states, self.remat, **where)
             return (x, first), states
 
-        (x, _), state = jax.lax.scan(repetition, (x, self.units.first_value(x)), (parameters, state))
-        if all(part is None for part in state):
-            state = None
-        return self.final_norm(x), state
+        first = self.first_value(x)
+        if self.before is not None:
+            x, first, before = self.before(x, first, before, self.remat, **where)
+        (x, first), repeated = jax.lax.scan(repetition, (x, first), (parameters, repeated))
+        if self.after is not None:
+            x, first, after = self.after(x, first, after, self.remat, **where)
+        x = self.final_norm(x)
+        if self.logits_scale != 1:
+            x *= jnp.asarray(self.logits_scale, x.dtype)
+        return x, None if state is None else StackState(before, repeated, after)
+
+    def embed(self, tokens: Tokens) -> Hidden:
+        """What enters the first block."""
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+        if self.embedding_scale != 1:
+            x *= jnp.asarray(self.embedding_scale, self.dtype)
+        return shard_batch(x if self.embedding_norm is None else self.embedding_norm(x))
+
+    def first_value(self, x: Hidden) -> FirstValue | None:
+        """What the first layer finds; None where no mixer passes its values up."""
+        mixers = [block.mixer for _, block in self.parts() if hasattr(block.mixer, "with_first_value")]
+        return no_first_value(x, mixers[0].value_dim, x.dtype) if mixers else None
 
     def head_weights(self) -> Float[Array, "vocab D"]:
         """The rows whose products with the hidden state are the logits, in the dtype of computation."""
@@ -166,4 +225,7 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Hidden) -> Logits:
         """Scores over the vocabulary in float32."""
-        return jnp.einsum("btd,vd->btv", hidden, self.head_weights(), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", hidden, self.head_weights(), preferred_element_type=jnp.float32)
+        if self.logits_soft_cap is None:
+            return logits
+        return self.logits_soft_cap * jnp.tanh(logits / self.logits_soft_cap)

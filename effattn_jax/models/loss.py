@@ -9,12 +9,18 @@ CHUNK = 8192
 
 
 def token_losses(
-    hidden: Hidden, head_weights: Float[Array, "vocab D"], targets: Tokens, *, chunk: int = CHUNK
+    hidden: Hidden,
+    head_weights: Float[Array, "vocab D"],
+    targets: Tokens,
+    *,
+    soft_cap: float | None = None,
+    chunk: int = CHUNK,
 ) -> Float[Array, "B T"]:
     """-log softmax(W h)[target] in nats for every token, with the logarithm of the sum updated chunk by chunk.
 
     A chunk takes every n-th row of the vocabulary rather than n consecutive ones: where the vocabulary is sharded over
-    devices, all of them then work on each chunk. The scores of a chunk are computed again in the backward pass.
+    devices, all of them then work on each chunk. The scores of a chunk are computed again in the backward pass. With a
+    soft cap c they are c tanh(scores / c).
     """
     vocab = head_weights.shape[0]
     chunks = -(-vocab // chunk)
@@ -28,6 +34,8 @@ def token_losses(
         index, weights = chunk
         ids = jnp.arange(rows) * chunks + index
         scores = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
         scores = jnp.where(ids < vocab, scores, -jnp.inf)
         log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1))
         hit = ids == targets[..., None]

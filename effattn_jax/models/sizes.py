@@ -49,14 +49,15 @@ def training_flops_per_token(model: LanguageModel, length: int) -> float:
 
     Recomputation (remat) is not counted, so that utilisation compares models by useful work.
     """
-    parameters = nnx.to_pure_dict(nnx.state(model.units, nnx.Param))
+    blocks = [unit for unit in (model.before, model.units, model.after) if unit is not None]
+    parameters = [nnx.to_pure_dict(nnx.state(unit, nnx.Param)) for unit in blocks]
     matrices = sum(
         math.prod(leaf.shape)
         for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]
         if getattr(path[-1], "key", None) == "kernel"
     )
     matrices += math.prod(model.embedding.shape)  # the head, tied or not
-    mixing = model.repeats * sum(block.mixer.mixing_flops(length) for block in model.units.blocks)
+    mixing = sum(times * block.mixer.mixing_flops(length) for times, block in model.parts())
     return 3 * (2 * matrices + mixing)
 
 

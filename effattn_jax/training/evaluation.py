@@ -62,7 +62,9 @@ def make_evaluation_step(blueprint: Blueprint[LanguageModel], mesh: Mesh) -> Eva
         model = blueprint.model(parameters)
         hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
         real = batch["segment_ids"] >= 0
-        losses = jnp.where(real, token_losses(hidden, model.head_weights(), batch["targets"]), 0)
+        losses = jnp.where(
+            real, token_losses(hidden, model.head_weights(), batch["targets"], soft_cap=model.logits_soft_cap), 0
+        )
         zeros = jnp.zeros(batch["inputs"].shape[1], jnp.float32)
         positions = batch["positions"]
         return zeros.at[positions].add(losses), zeros.at[positions].add(real.astype(jnp.float32))

@@ -53,7 +53,7 @@ def loss_sum(blueprint: Blueprint[LanguageModel], parameters: Parameters, batch:
     model = blueprint.model(parameters)
     real = batch["segment_ids"] >= 0
     hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-    losses = token_losses(hidden, model.head_weights(), batch["targets"])
+    losses = token_losses(hidden, model.head_weights(), batch["targets"], soft_cap=model.logits_soft_cap)
     return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(real, dtype=jnp.float32)
 
 
