@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from effattn_jax.models import Sampling, generate, sizes
+from effattn_jax.models import Sampling, cut, generate, sizes
 from effattn_jax.models.blueprint import blueprint
 from effattn_jax.training.data import load_tokenizer
 from effattn_jax.training.restore import restore_params
@@ -44,7 +44,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         key=jax.random.key(SEED.value),
     )
     for prompt, tokens in zip(PROMPTS.value, continuations, strict=True):
-        print(f"\n--- {prompt!r}\n{prompt}{tokenizer.decode(tokens)}")
+        print(f"\n--- {prompt!r}\n{prompt}{tokenizer.decode(cut(tokens, [tokenizer.eos]))}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from effattn_jax.distributed.runtime import initialize
-from effattn_jax.models import Sampling, generate
+from effattn_jax.models import Sampling, cut, generate
 from effattn_jax.models.sizes import format_bytes
 from effattn_jax.training.data import (
     bigram_bits_per_byte,
@@ -115,7 +115,7 @@ def sample(config: ConfigDict, result: Result) -> str:
         stop_tokens=[tokenizer.eos],
         key=jax.random.key(config.seed),
     )
-    return config.report.prompt + tokenizer.decode(continuation)
+    return config.report.prompt + tokenizer.decode(cut(continuation, [tokenizer.eos]))
 
 
 def _indent(text: str) -> str:

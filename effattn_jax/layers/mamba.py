@@ -28,7 +28,7 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nnx.Module):
-    """x, z = projections of the input to E = expand * dim channels; x passes a short convolution and silu; from it
+    """x, z = projections of the input to E channels; x passes a short convolution and silu; from it
 
         dt = softplus(W_up norm(W_dt x) + dt_bias),  B = norm(W_B x),  C = norm(W_C x),  A = -e^{A_log}
         h_t = e^{dt_t A} * h_{t-1} + (dt_t x_t) B_t^T,   y_t = h_t C_t + D * x_t
@@ -36,7 +36,7 @@ class Mamba(nnx.Module):
 
     Args:
       dim: D.
-      expand: E / D.
+      expand, inner_dim: E / D, or E.
       state_dim: N, memories per channel.
       dt_rank: channels between W_dt and W_up; None means ceil(D / 16).
       conv_width: taps of the convolution.
@@ -51,6 +51,7 @@ class Mamba(nnx.Module):
         dim: int,
         *,
         expand: int = 2,
+        inner_dim: int | None = None,
         state_dim: int = 16,
         dt_rank: int | None = None,
         conv_width: int = 4,
@@ -63,7 +64,8 @@ class Mamba(nnx.Module):
     ):
         if norm not in NORMS:
             checks.fail("norm", repr(norm), f"one of {', '.join(NORMS)}")
-        inner, dt_rank = expand * dim, -(-dim // 16) if dt_rank is None else dt_rank
+        inner = expand * dim if inner_dim is None else inner_dim
+        dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
         for name, size in (("state_dim", state_dim), ("dt_rank", dt_rank)):
             if size < 1:
                 checks.fail(name, size, "at least 1")

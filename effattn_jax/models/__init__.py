@@ -1,7 +1,7 @@
 """Language models from patterns of mixers, their loss, their sizes and generation."""
 
 from effattn_jax.models.block import Block
-from effattn_jax.models.generation import generate
+from effattn_jax.models.generation import cut, generate
 from effattn_jax.models.language_model import LanguageModel
 from effattn_jax.models.loss import token_losses
 from effattn_jax.models.sampling import Sampling
@@ -12,6 +12,7 @@ __all__ = [
     "LanguageModel",
     "Sampling",
     "Sizes",
+    "cut",
     "generate",
     "sizes",
     "token_losses",

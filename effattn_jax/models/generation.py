@@ -30,22 +30,25 @@ class Decoding(NamedTuple):
 
 def generate(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray | Array,
     *,
     max_new_tokens: int,
+    temperature: float | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
     stop_tokens: Sequence[int] = (),
     key: Array | None = None,
     prefill_chunk: int = 512,
-) -> list[np.ndarray]:
-    """Continue each prompt by at most `max_new_tokens` tokens, ending before a stop token.
+) -> Int[np.ndarray, "B n"]:
+    """Continue each prompt by `max_new_tokens` tokens: [B, n]. After a stop token a row repeats it, see `cut`.
 
     Prompts of different lengths are padded at the front with tokens that the model neither writes nor reads, so each
-    continues as if it were alone. `key` is needed unless the temperature is 0.
+    continues as if it were alone. `temperature` stands for that of `sampling`; `key` is needed unless it is 0.
 
     Raises:
       ValueError: an empty prompt, a prompt or stop token outside the vocabulary, or sampling options out of range.
     """
+    if temperature is not None:
+        sampling = sampling._replace(temperature=temperature)
     sampling.check(model.vocab_size)
     if max_new_tokens < 1:
         checks.fail("max_new_tokens", max_new_tokens, "at least 1")
@@ -69,11 +72,17 @@ def generate(
         max_new_tokens,
         sampling,
     )
-    return [_until(row, stop_tokens) for row in np.asarray(result)]
+    return _repeat_stops(np.array(result), stop_tokens)
+
+
+def cut(row: Int[np.ndarray, " n"], stop_tokens: Sequence[int]) -> Int[np.ndarray, " m"]:
+    """What comes before the first stop token."""
+    stops = np.flatnonzero(np.isin(row, np.asarray(stop_tokens, np.int32)))
+    return row[: stops[0]] if stops.size else row
 
 
 def _pad(
-    prompts: Sequence[Sequence[int] | np.ndarray], vocab_size: int, chunk: int
+    prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray | Array, vocab_size: int, chunk: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Rows of one length, a multiple of the chunk where longer than one, and the padding at the front of each."""
     rows = [np.asarray(prompt) for prompt in prompts]
@@ -132,6 +141,8 @@ def _decode(
     return end.tokens, end.state  # the state goes out so that its buffers, donated, serve the loop
 
 
-def _until(row: np.ndarray, stop_tokens: Sequence[int]) -> np.ndarray:
-    stops = np.flatnonzero(np.isin(row, np.asarray(stop_tokens, np.int32)))
-    return row[: stops[0]] if stops.size else row
+def _repeat_stops(rows: Int[np.ndarray, "B n"], stop_tokens: Sequence[int]) -> Int[np.ndarray, "B n"]:
+    for row in rows:
+        end = len(cut(row, stop_tokens))
+        row[end:] = row[end] if end < len(row) else 0
+    return rows

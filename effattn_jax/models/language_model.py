@@ -108,6 +108,7 @@ class LanguageModel(nnx.Module):
                 checks.fail("pattern", repr(name), f"a name under mixers, or of a mixer: {known}")
         if norm not in NORMS:
             checks.fail("norm", repr(norm), f"one of {', '.join(sorted(NORMS))}")
+        self.source: Any = None  # a published config, see effattn_jax.pretrained
         self.vocab_size, self.repeats, self.remat, self.dtype = vocab_size, repeats, remat, dtype
         self.embedding_scale, self.logits_scale, self.logits_soft_cap = embedding_scale, logits_scale, logits_soft_cap
         of_all: dict[str, Any] = {"mlp_dim": mlp_dim, "mlp": mlp, "mlp_options": mlp_options}

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from effattn_jax.models.blueprint import Blueprint, Parameters
 from effattn_jax.models.language_model import LanguageModel
 from effattn_jax.models.loss import token_losses
-from effattn_jax.training.sharding import global_batch, parameter_shardings, replicated
+from effattn_jax.models.shardings import parameter_shardings
+from effattn_jax.training.sharding import global_batch, replicated
 from effattn_jax.training.step import Batch
 from effattn_jax.typing import Array, Float
 

@@ -1,4 +1,4 @@
-"""Which device holds what: a mesh of `data`, `fsdp` and `tensor` axes, and the one table from logical names to them.
+"""Which device holds what: a mesh of `data`, `fsdp` and `tensor` axes; `models.shardings` has the parameters' table.
 
 data    copies of the parameters, other rows of the batch
 fsdp    other rows of the batch too, and the parameters cut along the residual stream
@@ -14,10 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effattn_jax import checks
 from effattn_jax.models.activations import BATCH_AXES
-from effattn_jax.models.blueprint import Blueprint
 
 AXES = ("data", "fsdp", "tensor")
-RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
@@ -45,19 +43,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def parameter_shardings(blueprint: Blueprint[Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """By the logical names of each axis; an axis that its mesh axis does not divide stays whole."""
-
-    def mesh_axis(name: str | None, size: int) -> str | None:
-        axis = RULES.get(name) if name is not None else None
-        return axis if axis is not None and size % mesh.shape[axis] == 0 else None
-
-    return {
-        parameter: NamedSharding(mesh, PartitionSpec(*map(mesh_axis, axes, blueprint.shapes[parameter].shape)))
-        for parameter, axes in blueprint.axes.items()
-    }
 
 
 def shardings_like(tree: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> Any:

@@ -14,7 +14,8 @@ from effattn_jax.models.activations import BATCH_AXES
 from effattn_jax.models.blueprint import Blueprint, Parameters
 from effattn_jax.models.language_model import LanguageModel
 from effattn_jax.models.loss import token_losses
-from effattn_jax.training.sharding import parameter_shardings, replicated, shardings_like
+from effattn_jax.models.shardings import parameter_shardings
+from effattn_jax.training.sharding import replicated, shardings_like
 from effattn_jax.typing import Array, Scalar
 
 Batch = dict[str, Array]

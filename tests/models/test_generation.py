@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax.models import Sampling, generate
+from effattn_jax.models import Sampling, cut, generate
 from tests.layers.catalogue import jit
 from tests.models.tiny import VOCAB, hybrid
 
@@ -73,16 +73,19 @@ def test_stop_tokens():
     """Some rows stop, one at its first token; the others go on as if alone."""
     want = by_full_passes()
     stops = (int(want[0][0]), int(want[2][3]))
-    cut = [row[: min([i for i, token in enumerate(row) if token in stops] + [STEPS])] for row in want]
-    assert len(cut[0]) == 0
-    assert {len(row) for row in cut} > {0}
-    assert_same(cut, generate(hybrid(), PROMPTS, max_new_tokens=STEPS, sampling=GREEDY, stop_tokens=stops))
+    before_stops = [row[: min([i for i, token in enumerate(row) if token in stops] + [STEPS])] for row in want]
+    assert len(before_stops[0]) == 0
+    assert {len(row) for row in before_stops} > {0}
+    rows = generate(hybrid(), PROMPTS, max_new_tokens=STEPS, sampling=GREEDY, stop_tokens=stops)
+    assert_same(before_stops, [cut(row, stops) for row in rows])
+    assert [set(row[len(cut(row, stops)) :]) - set(stops) for row in rows] == [set()] * len(PROMPTS)
 
 
 def test_all_rows_stop_at_once():
     stops = tuple(range(VOCAB))
     rows = generate(hybrid(), PROMPTS, max_new_tokens=STEPS, sampling=GREEDY, stop_tokens=stops)
-    assert [len(row) for row in rows] == [0] * len(PROMPTS)
+    assert [len(cut(row, stops)) for row in rows] == [0] * len(PROMPTS)
+    assert all(len(set(row)) == 1 for row in rows)
 
 
 @pytest.mark.slow

@@ -1,0 +1,60 @@
+"""From a published config to a model with random weights."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from effattn_jax import checks
+from effattn_jax.models.language_model import LanguageModel
+from effattn_jax.models.pattern import Pattern, repeated_pattern
+from effattn_jax.pretrained.families import FAMILIES
+from effattn_jax.pretrained.family import Config, Family
+from effattn_jax.pretrained.source import Source
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, None: jnp.float32}
+
+
+def family_of(config: Config) -> Family:
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        checks.fail("model_type", repr(kind), f"one of {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind]
+
+
+def pattern_of(config: Config) -> Pattern:
+    return repeated_pattern(family_of(config).blocks(config))
+
+
+def stored_dtype(config: Config) -> Any:
+    """The dtype that the config names for its weights."""
+    name = config.get("dtype", config.get("torch_dtype"))
+    if name not in DTYPES:
+        checks.fail("dtype", repr(name), "float32, bfloat16 or float16 in config.json")
+    return DTYPES[name]
+
+
+def from_config(config: Config, *, dtype: Any = None, remat: bool = False, rngs: nnx.Rngs) -> LanguageModel:
+    """The model that a published config.json describes, with weights as we draw them.
+
+    Args:
+      config: config.json, as a dictionary.
+      dtype: of computation; None is the one that the config names. Parameters are float32.
+      remat: see `LanguageModel`.
+
+    Raises:
+      ValueError: a `model_type` or an option that is not supported.
+    """
+    family, split = family_of(config), pattern_of(config)
+    model = LanguageModel(
+        **family.options(config),
+        before=split.before,
+        pattern=split.pattern,
+        repeats=split.repeats,
+        after=split.after,
+        dtype=stored_dtype(config) if dtype is None else dtype,
+        remat=remat,
+        rngs=rngs,
+    )
+    model.source = Source.of(config)
+    return model

@@ -1,0 +1,35 @@
+"""The tensors that most transformer checkpoints share, under the names of Llama's implementation."""
+
+from collections.abc import Sequence
+
+from effattn_jax.pretrained.entry import Entry, linear, norm, same
+from effattn_jax.pretrained.family import Config
+
+
+def outside(config: Config) -> Sequence[Entry]:
+    """Embedding, last norm, and the head where it is not the embedding."""
+    tied = config.get("tie_word_embeddings", False)
+    return [
+        *same("model.embed_tokens.weight", "embedding"),
+        *norm("model.norm", "final_norm"),
+        *([] if tied else linear("lm_head", "head")),
+    ]
+
+
+def attention(below: str, *, bias: bool = False, out_bias: bool = False) -> list[Entry]:
+    """q_proj, k_proj, v_proj and o_proj of `effattn_jax.layers.Attention`."""
+    return [
+        *linear(f"{below}.q_proj", "mixer.q_proj", bias=bias),
+        *linear(f"{below}.k_proj", "mixer.k_proj", bias=bias),
+        *linear(f"{below}.v_proj", "mixer.v_proj", bias=bias),
+        *linear(f"{below}.o_proj", "mixer.out_proj", bias=out_bias),
+    ]
+
+
+def gated_mlp(below: str) -> list[Entry]:
+    """gate_proj, up_proj and down_proj of a gated feed-forward layer."""
+    return [
+        *linear(f"{below}.gate_proj", "mlp.gate"),
+        *linear(f"{below}.up_proj", "mlp.up"),
+        *linear(f"{below}.down_proj", "mlp.down"),
+    ]

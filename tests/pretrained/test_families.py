@@ -1,0 +1,95 @@
+"""Every family of published models: logits, greedy continuations, cached decoding, and what is written back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax.models import generate
+from effattn_jax.pretrained import load, save
+from tests.compiled import jit
+from tests.pretrained.fixture import fixture, header, raw
+
+TOLERANCE = 1e-4  # absolute, of logits with a deviation of about 1.5
+MODELS = {
+    "falcon_mamba": {},
+    "mamba": {},
+    "mistral_swa": {},
+}
+"""Fixtures, with what is known to differ: `tolerance`, and `dropped`, tensors of the file that hold nothing."""
+
+LONG = [name for name in MODELS if name.startswith("fla_")]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
+    return load(fixture(name).path)
+
+
+def forward(model, ids, **options):
+    return jit(lambda model, ids, options: model(ids, **options)[0])(model, jnp.asarray(ids), options)
+
+
+def tolerance(name):
+    return MODELS[name].get("tolerance", TOLERANCE)
+
+
+def test_logits(name, model):
+    io = fixture(name).io
+    np.testing.assert_allclose(forward(model, io["input_ids"]), io["logits"], atol=tolerance(name), rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG, indirect=True)
+def test_logits_of_a_long_row(name, model):
+    """83 tokens: other kernels of the public implementation."""
+    io = fixture(name).io
+    np.testing.assert_allclose(forward(model, io["long_ids"]), io["long_logits"], atol=tolerance(name), rtol=0)
+
+
+def test_greedy_continuation(name, model):
+    io = fixture(name).io
+    ids = io["input_ids"]
+    new = generate(model, ids, max_new_tokens=io["gen_ids"].shape[1], temperature=0.0)
+    np.testing.assert_array_equal(new, io["gen_ids"])
+
+
+@pytest.mark.slow
+def test_cached_decoding_is_the_full_pass(name, model):
+    """A prompt of 20 tokens in one go, the rest one by one."""
+    ids = jnp.asarray(fixture(name).io["input_ids"])
+    step = jit(lambda model, ids, state: model(ids, state))
+    state, parts = model.init_state(*ids.shape), []
+    for start, end in [(0, 20), *((i, i + 1) for i in range(20, ids.shape[1]))]:
+        logits, state = step(model, ids[:, start:end], state)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), forward(model, ids), atol=tolerance(name), rtol=0)
+
+
+@pytest.mark.slow
+def test_left_padded_rows(name, model):
+    """Against the published padded logits, or where there are none the row by itself."""
+    io = fixture(name).io
+    ids = io["input_ids"][:1]
+    padded = np.pad(ids, ((0, 0), (9, 0)))
+    segment_ids = np.where(np.arange(padded.shape[1]) < 9, -1, 0)[None]
+    positions = np.arange(padded.shape[1])[None] - 9
+    got = forward(model, padded, segment_ids=jnp.asarray(segment_ids), positions=jnp.asarray(positions))
+    np.testing.assert_allclose(got[:, 9:], io["logits"][:1], atol=tolerance(name), rtol=0)
+
+
+def test_what_is_saved_is_what_was_read(name, model, tmp_path):
+    given = fixture(name)
+    save(model, tmp_path / "out")
+    dropped = set(MODELS[name].get("dropped", ()))
+    assert header(tmp_path / "out") == {k: v for k, v in given.tensors.items() if k not in dropped}
+    before, after = raw(given.path), raw(tmp_path / "out")
+    assert [k for k in after if after[k] != before[k]] == []
+    again = load(tmp_path / "out")
+    for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other)
