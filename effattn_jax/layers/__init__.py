@@ -39,6 +39,7 @@ from effattn_jax.layers.mamba2 import Mamba2, Mamba2State
 from effattn_jax.layers.mamba3 import Mamba3, Mamba3State
 from effattn_jax.layers.mesa_net import MesaNet, MesaNetState
 from effattn_jax.layers.moba import MoBA
+from effattn_jax.layers.moe import MoE
 from effattn_jax.layers.neural_memory import MemoryState
 from effattn_jax.layers.nsa import NSA
 from effattn_jax.layers.path_attention import PathAttention, PathState
@@ -109,6 +110,7 @@ MIXERS = {
 
 FEED_FORWARDS = {
     "swiglu": SwiGLU,
+    "moe": MoE,
     "rwkv7_channel_mix": RWKV7ChannelMix,
     "rwkv5_channel_mix": RWKV5ChannelMix,
     "rwkv6_channel_mix": RWKV6ChannelMix,
@@ -168,6 +170,7 @@ __all__ = [
     "MesaNet",
     "MesaNetState",
     "MoBA",
+    "MoE",
     "MultiScaleRetention",
     "PathAttention",
     "PathState",

@@ -6,9 +6,12 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from effattn_jax.layers.moe import MoE
+from effattn_jax.models.block import Block
 from effattn_jax.models.language_model import LanguageModel
 from effattn_jax.sparse import ForgettingCache, KVCache, PathCache
 
+EXPERTS = (["mlp", "gate"], ["mlp", "up"], ["mlp", "down"])
 CACHES = (KVCache, ForgettingCache, PathCache)
 
 
@@ -49,16 +52,22 @@ def training_flops_per_token(model: LanguageModel, length: int) -> float:
 
     Recomputation (remat) is not counted, so that utilisation compares models by useful work.
     """
-    blocks = [unit for unit in (model.before, model.units, model.after) if unit is not None]
-    parameters = [nnx.to_pure_dict(nnx.state(unit, nnx.Param)) for unit in blocks]
-    matrices = sum(
-        math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]
-        if getattr(path[-1], "key", None) == "kernel"
-    )
+    matrices = sum(_active(block) for _, block in model.parts())  # of a repeated block the stack of all
     matrices += math.prod(model.embedding.shape)  # the head, tied or not
     mixing = sum(times * block.mixer.mixing_flops(length) for times, block in model.parts())
     return 3 * (2 * matrices + mixing)
+
+
+def _active(block: Block) -> float:
+    """Numbers in the matrices that a token meets: of an expert's the part of the tokens that it gets."""
+    experts = [m for m in (block.mlp,) if isinstance(m, MoE)]
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(block, nnx.Param)))[0]:
+        names = [getattr(part, "key", None) for part in path]
+        if names[-1] == "kernel":
+            share = experts[0].top_k / experts[0].experts if experts and names[:2] in EXPERTS else 1
+            total += share * math.prod(leaf.shape)
+    return total
 
 
 def format_bytes(size: float) -> str:
