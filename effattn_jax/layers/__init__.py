@@ -23,6 +23,7 @@ from effattn_jax.layers.fox import ForgettingAttention, ForgettingState
 from effattn_jax.layers.gated_delta_net import GatedDeltaNet
 from effattn_jax.layers.gated_delta_net2 import GatedDeltaNet2
 from effattn_jax.layers.gated_delta_product import GatedDeltaProduct
+from effattn_jax.layers.gated_mlp import GatedMLP, SwiGLU
 from effattn_jax.layers.gla import GatedLinearAttention, GLAState
 from effattn_jax.layers.hgrn import HGRN, HGRNState
 from effattn_jax.layers.hgrn2 import HGRN2, HGRN2State
@@ -57,7 +58,6 @@ from effattn_jax.layers.rwkv7_channel_mix import ChannelMixState, RWKV7ChannelMi
 from effattn_jax.layers.rwkv_channel_mix import RWKV5ChannelMix, RWKV6ChannelMix
 from effattn_jax.layers.rwkv_time_mix import RWKVState
 from effattn_jax.layers.short_convolution import ShortConvolution
-from effattn_jax.layers.swiglu import SwiGLU
 from effattn_jax.layers.titans import Titans
 from effattn_jax.layers.titans_mac import MACState, TitansMAC
 from effattn_jax.layers.titans_mag import MAGState, TitansMAG
@@ -109,7 +109,7 @@ MIXERS = {
 """The mixers a model pattern can name."""
 
 FEED_FORWARDS = {
-    "swiglu": SwiGLU,
+    "swiglu": GatedMLP,
     "moe": MoE,
     "rwkv7_channel_mix": RWKV7ChannelMix,
     "rwkv5_channel_mix": RWKV5ChannelMix,
@@ -145,6 +145,7 @@ __all__ = [
     "GatedDeltaNet2",
     "GatedDeltaProduct",
     "GatedLinearAttention",
+    "GatedMLP",
     "HGRN2State",
     "HGRNState",
     "InfLLM2",

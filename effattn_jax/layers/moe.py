@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn_jax import checks
+from effattn_jax.layers.gated_mlp import GatedMLP
 from effattn_jax.layers.projection import Projection
 from effattn_jax.layers.router import Router
-from effattn_jax.layers.swiglu import SwiGLU
 from effattn_jax.typing import Array, Float, Hidden, Int
 
 ACTIVATIONS = ("silu", "clamped_swiglu")
@@ -100,7 +100,7 @@ class MoE(nnx.Module):
         project = lambda *sizes: ExpertProjections(experts, *sizes, bias=bias, dtype=dtype, rngs=rngs)  # noqa: E731
         self.gate, self.up = (project(dim, hidden_dim, ("embed", "mlp")) for _ in range(2))
         self.down = project(hidden_dim, dim, ("mlp", "embed"))
-        self.shared = SwiGLU(dim, shared_dim, dtype=dtype, rngs=rngs) if shared_dim else None
+        self.shared = GatedMLP(dim, shared_dim, dtype=dtype, rngs=rngs) if shared_dim else None
         self.shared_gate = Projection(dim, 1, ("embed", "state"), dtype=dtype, rngs=rngs) if shared_gate else None
 
     def __call__(self, x: Hidden) -> Hidden:

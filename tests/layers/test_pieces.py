@@ -1,12 +1,14 @@
 """Norms, rotations, convolutions and feed-forward layers against their formulas in numpy, float64."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from effattn_jax.layers import Mamba2, Projection, RMSNorm, ShortConvolution, SwiGLU, rope
+from effattn_jax.layers import GatedMLP, Mamba2, Projection, RMSNorm, ShortConvolution, rope
 from effattn_jax.layers.documents import continues, first_document, last_document
 from tests.layers.catalogue import agree, filled, jit, random
 
@@ -53,10 +55,29 @@ def test_rope(fraction):
     np.testing.assert_allclose(rope(x, positions, theta=theta, fraction=fraction)[1], want[1], atol=4e-3)
 
 
-def test_swiglu():
-    layer, x = filled(lambda: SwiGLU(6, 10, rngs=nnx.Rngs(0))), random("swiglu", 2, 3, 6)
-    gate, up, down = (value(p.kernel) for p in (layer.gate, layer.up, layer.down))
-    agree((silu(x @ gate) * (x @ up)) @ down, jit(layer)(x), limit=1e-6)
+def erf(x):
+    return np.vectorize(math.erf)(x)
+
+
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu": lambda x: x * (1 + erf(x / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_mlp(activation):
+    options = {"activation": activation, "bias": activation != "silu"}
+    layer, x = filled(lambda: GatedMLP(6, 10, **options, rngs=nnx.Rngs(0))), random("gated", 2, 3, 6)
+    affine = lambda p, x: x @ value(p.kernel) + (0 if p.bias is None else value(p.bias))  # noqa: E731
+    gated = ACTIVATIONS[activation](affine(layer.gate, x)) * affine(layer.up, x)
+    agree(affine(layer.down, gated), jit(layer)(x), limit=1e-6)
+
+
+def test_an_activation_that_is_not_there():
+    with pytest.raises(ValueError, match="activation: got 'elu'; needs one of silu, gelu, gelu_tanh"):
+        GatedMLP(6, 10, activation="elu", rngs=nnx.Rngs(0))
 
 
 def test_projection_with_bias():
