@@ -53,7 +53,8 @@ def check_tensors(config: Config, wanted: Mapping[str, Rule], shapes: Mapping[st
     Raises:
       ValueError: tensors are missing, unknown or of another shape.
     """
-    ignored = [re.compile(pattern) for pattern in family_of(config).ignored(config)]
+    family = family_of(config)
+    ignored = [re.compile(pattern) for pattern in (*family.ignored(config), *map(re.escape, family.constants(config)))]
     unknown = [n for n in shapes if n not in wanted and not any(pattern.fullmatch(n) for pattern in ignored)]
     missing = [name for name in wanted if name not in shapes]
     misshapen = [

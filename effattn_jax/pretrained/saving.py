@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from effattn_jax import checks
 from effattn_jax.models.blueprint import blueprint, parameters_of
 from effattn_jax.models.language_model import LanguageModel
+from effattn_jax.pretrained.build import family_of
 from effattn_jax.pretrained.rules import Rule, rules
 from effattn_jax.pretrained.safetensors_reader import INDEX, SINGLE
 
@@ -45,13 +46,17 @@ def save(model: LanguageModel, path: str | os.PathLike[str], *, shard_bytes: int
         if len(shards) == 1
         else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     )
+    constants = dict(family_of(config).constants(config))
     total = 0
     for name, shard in zip(names, shards, strict=True):
         tensors = {tensor: _tensor(rule, parameters) for tensor, rule in shard.items()}
+        if name == names[-1]:
+            tensors |= constants
         total += sum(x.nbytes for x in tensors.values())
         save_file(tensors, directory / name, metadata=METADATA)
     if len(shards) > 1:
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        places |= dict.fromkeys(constants, names[-1])
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

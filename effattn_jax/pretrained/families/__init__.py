@@ -1,6 +1,19 @@
 """The families of published models, a file each, by the `model_type` of their config.json."""
 
-from effattn_jax.pretrained.families import mamba, mistral
+from effattn_jax.pretrained.families import (
+    jamba,
+    mamba,
+    mamba2,
+    minimax,
+    mistral,
+)
 from effattn_jax.pretrained.family import Family
 
-FAMILIES: dict[str, Family] = {kind: module.FAMILY for module in (mamba, mistral) for kind in module.FAMILY.model_types}
+MODULES = (
+    jamba,
+    mamba,
+    mamba2,
+    minimax,
+    mistral,
+)
+FAMILIES: dict[str, Family] = {kind: module.FAMILY for module in MODULES for kind in module.FAMILY.model_types}

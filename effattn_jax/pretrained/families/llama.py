@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from effattn_jax.pretrained.entry import Entry, linear, norm, same
 from effattn_jax.pretrained.family import Config
+from effattn_jax.pretrained.layout import ROWS
 
 
 def outside(config: Config) -> Sequence[Entry]:
@@ -33,3 +34,16 @@ def gated_mlp(below: str) -> list[Entry]:
         *linear(f"{below}.up_proj", "mlp.up"),
         *linear(f"{below}.down_proj", "mlp.down"),
     ]
+
+
+def experts(below: str, count: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> list[Entry]:
+    """A tensor for each expert of `effattn_jax.layers.MoE`: the names of gate, up and down."""
+    return [
+        Entry(f"{below}.{expert}.{theirs}.weight", (f"mlp.{ours}.kernel",), ROWS, (expert,))
+        for expert in range(count)
+        for theirs, ours in zip(names, ("gate", "up", "down"), strict=True)
+    ]
+
+
+def router(tensor: str) -> list[Entry]:
+    return [Entry(f"{tensor}.weight", ("mlp.router.kernel",), ROWS)]
