@@ -1,6 +1,7 @@
 """Gated feed-forward layer (Shazeer 2020, arXiv:2002.05202)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +10,9 @@ from flax import nnx
 
 from effattn_jax import checks
 from effattn_jax.layers.projection import Projection
-from effattn_jax.typing import Hidden
+from effattn_jax.typing import Array, Hidden
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),

@@ -10,6 +10,7 @@ from effattn_jax.models.language_model import LanguageModel
 from effattn_jax.models.pattern import Pattern, repeated_pattern
 from effattn_jax.pretrained.families import FAMILIES
 from effattn_jax.pretrained.family import Config, Family
+from effattn_jax.pretrained.plain import language_config
 from effattn_jax.pretrained.source import Source
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, None: jnp.float32}
@@ -45,6 +46,7 @@ def from_config(config: Config, *, dtype: Any = None, remat: bool = False, rngs:
     Raises:
       ValueError: a `model_type` or an option that is not supported.
     """
+    config = language_config(config)
     family, split = family_of(config), pattern_of(config)
     model = LanguageModel(
         **family.options(config),

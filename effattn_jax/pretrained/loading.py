@@ -21,6 +21,7 @@ from effattn_jax.models.shardings import parameter_shardings
 from effattn_jax.pretrained.build import from_config
 from effattn_jax.pretrained.family import Config
 from effattn_jax.pretrained.hub import directory_of
+from effattn_jax.pretrained.plain import language_model
 from effattn_jax.pretrained.rules import Rule, check_tensors, rules
 from effattn_jax.pretrained.safetensors_reader import DTYPES, SafetensorsReader
 from effattn_jax.typing import Array
@@ -45,7 +46,7 @@ def load(path_or_repo: str | os.PathLike[str], *, mesh: Mesh | None = None, dtyp
         them in one message); a damaged file; a name that the hub cannot be asked for.
     """
     directory = directory_of(path_or_repo)
-    config, reader = read_config(directory), SafetensorsReader(directory)
+    config, reader = language_model(read_config(directory), SafetensorsReader(directory))
     make = functools.partial(_model, config, dtype)
     plan = blueprint(make)
     wanted = rules(config, plan)

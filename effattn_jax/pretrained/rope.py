@@ -18,10 +18,12 @@ def rope_options(config: Config, kind: str | None = None) -> dict[str, Any]:
     given = config.get("rope_parameters") or {}
     if kind in given:
         given = given[kind]
-    scaling: dict[str, Any] = {**(config.get("rope_scaling") or {}), **given}
+    plain = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    plain |= {key: config[key] for key in plain if key in config}
+    scaling: dict[str, Any] = {**plain, **(config.get("rope_scaling") or {}), **given}
     return {
-        "rope_theta": float(scaling.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        "rope_fraction": float(scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))),
+        "rope_theta": float(scaling["rope_theta"]),
+        "rope_fraction": float(scaling["partial_rotary_factor"]),
         "rope_scaling": rope_scaling(scaling, config),
     }
 

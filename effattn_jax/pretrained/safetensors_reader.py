@@ -3,20 +3,16 @@
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from effattn_jax import checks
+from effattn_jax.pretrained.tensors import TensorInfo
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64", "F32", "F16", "BF16"}
-
-
-class TensorInfo(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it
 
 
 class SafetensorsReader:
@@ -44,7 +40,7 @@ class SafetensorsReader:
 
     def read(self, names: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
         """The named tensors file by file, each read when it is asked for."""
-        for path in dict.fromkeys(self._files.values()):
+        for path in dict.fromkeys(path for name, path in self._files.items() if name in names):
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118, it is no mapping
                     if name in names:

@@ -16,6 +16,7 @@ TOLERANCE = 1e-4  # absolute, of logits with a deviation of about 1.5
 DECAYS = r".*(slope_rate|_decay)"
 MODELS = {
     "falcon_mamba": {},
+    "gemma3_text": {},
     "jamba": {},
     "mamba": {},
     "mamba2_codestral": {},

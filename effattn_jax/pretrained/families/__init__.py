@@ -1,6 +1,7 @@
 """The families of published models, a file each, by the `model_type` of their config.json."""
 
 from effattn_jax.pretrained.families import (
+    gemma3,
     jamba,
     mamba,
     mamba2,
@@ -10,6 +11,7 @@ from effattn_jax.pretrained.families import (
 from effattn_jax.pretrained.family import Family
 
 MODULES = (
+    gemma3,
     jamba,
     mamba,
     mamba2,
