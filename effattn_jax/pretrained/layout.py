@@ -94,3 +94,10 @@ TRANSPOSED = Layout(
     join=lambda arrays: arrays[0].T,
 )
 """One parameter with its axes in the other order."""
+
+INTERLEAVED = Layout(
+    shape=lambda shapes: (*shapes[0][:-1], sum(s[-1] for s in shapes)),
+    split=lambda tensor, shapes: [tensor[..., i :: len(shapes)] for i in range(len(shapes))],
+    join=lambda arrays: np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1),
+)
+"""Parameters of one shape by turns along the last axis: the first channel of each, the second, ... (gpt-oss)."""

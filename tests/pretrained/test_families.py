@@ -17,6 +17,7 @@ DECAYS = r".*(slope_rate|_decay)"
 MODELS = {
     "falcon_mamba": {},
     "gemma3_text": {},
+    "gpt_oss": {},
     "jamba": {},
     "mamba": {},
     "mamba2_codestral": {},

@@ -2,6 +2,7 @@
 
 from effattn_jax.pretrained.families import (
     gemma3,
+    gpt_oss,
     jamba,
     mamba,
     mamba2,
@@ -12,6 +13,7 @@ from effattn_jax.pretrained.family import Family
 
 MODULES = (
     gemma3,
+    gpt_oss,
     jamba,
     mamba,
     mamba2,
