@@ -16,8 +16,15 @@ from effattn_jax.pretrained.source import Source
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, None: jnp.float32}
 
 
+def kind_of(config: Config) -> str:
+    """`model_type`; RWKV's authors give a version instead, here "RWKV-7"."""
+    if "model_type" not in config and "version" in config:
+        return f"RWKV-{config['version']}"
+    return str(config.get("model_type"))
+
+
 def family_of(config: Config) -> Family:
-    kind = config.get("model_type")
+    kind = kind_of(config)
     if kind not in FAMILIES:
         checks.fail("model_type", repr(kind), f"one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind]

@@ -3,14 +3,17 @@
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from effattn_jax import checks
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab*")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+PTH = ".pth"
+FILE = re.compile(rf"({REPOSITORY.pattern})/(.+{re.escape(PTH)})")
 
 
 def directory_of(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
@@ -19,16 +22,34 @@ def directory_of(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       ValueError: no such directory, and no repository that can be reached.
     """
-    path = pathlib.Path(path_or_repo)
+    path, name = pathlib.Path(path_or_repo), os.fspath(path_or_repo)
     if path.is_dir():
         return path
-    name = os.fspath(path_or_repo)
     if not REPOSITORY.fullmatch(name):
         checks.fail("path_or_repo", repr(name), 'a directory that is there, or a repository "author/name"')
+    return _fetched(name, "directory", lambda: snapshot_download(name, allow_patterns=list(FILES)))
+
+
+def file_of(path_or_name: str | os.PathLike[str]) -> pathlib.Path:
+    """The file itself, or the local copy of "author/name/x.pth", fetched where it is not there yet.
+
+    Raises:
+      ValueError: no such file, and no repository that can be reached.
+    """
+    path, name = pathlib.Path(path_or_name), os.fspath(path_or_name)
+    if path.is_file():
+        return path
+    parts = FILE.fullmatch(name)
+    if not parts:
+        checks.fail("path_or_repo", repr(name), f'a file that is there, or "author/name/x{PTH}"')
+    return _fetched(name, "file", lambda: hf_hub_download(parts[1], parts[2]))
+
+
+def _fetched(name: str, kind: str, fetch: Callable[[], str]) -> pathlib.Path:
     try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return pathlib.Path(fetch())
     except LocalEntryNotFoundError:
-        checks.fail("path_or_repo", f"{name!r}, which is no directory here, and the hub cannot be reached", "either")
+        checks.fail("path_or_repo", f"{name!r}, which is no {kind} here, and the hub cannot be reached", "either")
     except (HfHubHTTPError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         checks.fail("path_or_repo", f"{name!r}: {type(error).__name__}: {first}", "a repository of the hub")

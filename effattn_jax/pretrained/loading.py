@@ -20,10 +20,13 @@ from effattn_jax.models.language_model import LanguageModel
 from effattn_jax.models.shardings import parameter_shardings
 from effattn_jax.pretrained.build import from_config
 from effattn_jax.pretrained.family import Config
-from effattn_jax.pretrained.hub import directory_of
+from effattn_jax.pretrained.hub import PTH, directory_of, file_of
 from effattn_jax.pretrained.plain import language_model
+from effattn_jax.pretrained.pth_reader import PthReader
+from effattn_jax.pretrained.recognition import completed, recognised
 from effattn_jax.pretrained.rules import Rule, check_tensors, rules
 from effattn_jax.pretrained.safetensors_reader import DTYPES, SafetensorsReader
+from effattn_jax.pretrained.tensors import Tensors
 from effattn_jax.typing import Array
 
 CONFIG = "config.json"
@@ -31,13 +34,14 @@ NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bf
 
 
 def load(path_or_repo: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None) -> LanguageModel:
-    """The model in a directory in Hugging Face's format, or of a repository of its hub.
+    """The model in a directory in Hugging Face's format, of a repository of its hub, or in a `.pth` file of RWKV.
 
     Tensors go one by one from the file to the devices, so the host never holds more than one of them. Vectors keep the
     dtype they have in the file.
 
     Args:
-      path_or_repo: a directory with config.json and safetensors, or "author/name".
+      path_or_repo: a directory with config.json and safetensors, "author/name", a file "x.pth", or
+        "author/name/x.pth".
       mesh: with the axes "fsdp" and "tensor" parameters are cut as in training; None: all on the first device.
       dtype: of matrices and of computation; None: of matrices as in the file, of computation as in config.json.
 
@@ -45,8 +49,8 @@ def load(path_or_repo: str | os.PathLike[str], *, mesh: Mesh | None = None, dtyp
       ValueError: a family that is not known; tensors that are missing, unknown or of the wrong shape or dtype (all of
         them in one message); a damaged file; a name that the hub cannot be asked for.
     """
-    directory = directory_of(path_or_repo)
-    config, reader = language_model(read_config(directory), SafetensorsReader(directory))
+    config, reader = language_model(*_open(path_or_repo))
+    config = completed(config, reader.tensors)
     make = functools.partial(_model, config, dtype)
     plan = blueprint(make)
     wanted = rules(config, plan)
@@ -61,7 +65,11 @@ def load(path_or_repo: str | os.PathLike[str], *, mesh: Mesh | None = None, dtyp
             kind = jnp.dtype(dtype if dtype is not None and is_matrix(parameter) else NUMPY[stored[name]])
             dtypes[parameter] = jnp.promote_types(kind, dtypes.get(parameter, kind))
     where = shardings(plan, mesh)
-    return plan.model(_buffers(make, where) | place(plan, wanted, dtypes, reader.read(wanted), where))
+    parameters = _buffers(make, where) | place(plan, wanted, dtypes, reader.read(wanted), where)
+    unused = {
+        name: _zeros(plan.shapes[name].shape, jnp.float32, where[name]) for name in plan.names if name not in parameters
+    }
+    return plan.model(parameters | unused)
 
 
 MATRICES = ("kernel", "embedding")
@@ -70,6 +78,14 @@ MATRICES = ("kernel", "embedding")
 def is_matrix(parameter: str) -> bool:
     """Whether the parameter takes the dtype that is asked for; vectors, rates and gates keep that of the file."""
     return parameter.rsplit(".", 1)[-1] in MATRICES
+
+
+def _open(path_or_repo: str | os.PathLike[str]) -> tuple[Config, Tensors]:
+    if os.fspath(path_or_repo).endswith(PTH):
+        reader = PthReader(file_of(path_or_repo))
+        return recognised(reader.tensors), reader
+    directory = directory_of(path_or_repo)
+    return read_config(directory), SafetensorsReader(directory)
 
 
 def _model(config: Config, dtype: Any) -> LanguageModel:

@@ -1,12 +1,14 @@
 """A family's table, resolved for a model: for every tensor of the file the parameters and the place in each."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from effattn_jax import checks
 from effattn_jax.models.blueprint import Blueprint
-from effattn_jax.pretrained.build import family_of, pattern_of
+from effattn_jax.pretrained.build import family_of, kind_of, pattern_of
+from effattn_jax.pretrained.coverage import check_coverage
+from effattn_jax.pretrained.entry import Entry
 from effattn_jax.pretrained.family import Config
 from effattn_jax.pretrained.layout import Layout, Shape
 
@@ -27,16 +29,26 @@ class Rule(NamedTuple):
 
 
 def rules(config: Config, plan: Blueprint[Any]) -> dict[str, Rule]:
-    """By the names of tensors. That the table names each parameter of the model, and no other, is a matter of tests."""
+    """By the names of tensors.
+
+    Raises:
+      ValueError: parameters that the table names no tensor for, see `check_coverage`.
+    """
     family, split = family_of(config), pattern_of(config)
     found: dict[str, Rule] = {}
+    named: dict[str, list[tuple[int, ...]]] = {}
 
-    def add(entries: Any, below: str, index: tuple[int, ...]) -> None:
+    def name_all(names: Sequence[str], at: tuple[int, ...], by: str) -> None:
+        unknown = [name for name in names if name not in plan.shapes]
+        if unknown:
+            raise KeyError(f"{by}: no parameters {unknown} among {sorted(plan.shapes)}")
+        for name in names:
+            named.setdefault(name, []).append(at)
+
+    def add(entries: Sequence[Entry], below: str, index: tuple[int, ...]) -> None:
         for entry in entries:
             names, at = tuple(below + name for name in entry.parameters), index + entry.at
-            unknown = [name for name in names if name not in plan.shapes]
-            if unknown:
-                raise KeyError(f"{entry.tensor}: no parameters {unknown} among {sorted(plan.shapes)}")
+            name_all(names, at, entry.tensor)
             shapes = tuple(plan.shapes[name].shape[len(at) :] for name in names)
             found[entry.tensor] = Rule(names, at, entry.layout, shapes, entry.layout.shape(shapes))
 
@@ -44,6 +56,8 @@ def rules(config: Config, plan: Blueprint[Any]) -> dict[str, Rule]:
     for block in range(len(family.blocks(config))):
         below, index = split.place(block)
         add(family.inside(config, block), f"{below}.", index)
+        name_all([f"{below}.{name}" for name in family.unused(config, block)], index, "unused")
+    check_coverage(kind_of(config), plan, named)
     return found
 
 
@@ -68,4 +82,4 @@ def check_tensors(config: Config, wanted: Mapping[str, Rule], shapes: Mapping[st
         if names
     ]
     if problems:
-        checks.fail("tensors", "; ".join(problems), f"those of model_type {config['model_type']!r}")
+        checks.fail("tensors", "; ".join(problems), f"those of model_type {kind_of(config)!r}")
