@@ -21,6 +21,8 @@ MODELS = {
     "jamba": {},
     "mamba": {},
     "mamba2_codestral": {},
+    "minicpm4_dense": {},
+    "minicpm4_longrope": {},
     "minimax_text01": {"computed": DECAYS},
     "minimax_text01_rotary_half": {"computed": DECAYS},
     "mistral_swa": {},

@@ -6,6 +6,7 @@ from effattn_jax.pretrained.families import (
     jamba,
     mamba,
     mamba2,
+    minicpm,
     minimax,
     mistral,
 )
@@ -17,6 +18,7 @@ MODULES = (
     jamba,
     mamba,
     mamba2,
+    minicpm,
     minimax,
     mistral,
 )
