@@ -39,6 +39,7 @@ from effattn_jax.layers.mamba import Mamba, MambaState
 from effattn_jax.layers.mamba2 import Mamba2, Mamba2State
 from effattn_jax.layers.mamba3 import Mamba3, Mamba3State
 from effattn_jax.layers.mesa_net import MesaNet, MesaNetState
+from effattn_jax.layers.mla import LatentAttention
 from effattn_jax.layers.moba import MoBA
 from effattn_jax.layers.moe import MoE
 from effattn_jax.layers.neural_memory import MemoryState
@@ -90,6 +91,7 @@ MIXERS = {
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "mesa_net": MesaNet,
+    "mla": LatentAttention,
     "moba": MoBA,
     "nsa": NSA,
     "path": PathAttention,
@@ -150,6 +152,7 @@ __all__ = [
     "HGRNState",
     "InfLLM2",
     "KimiDeltaAttention",
+    "LatentAttention",
     "LayerNorm",
     "LightningAttention",
     "LightningState",

@@ -9,10 +9,10 @@ from flax import nnx
 from effattn_jax.layers.moe import MoE
 from effattn_jax.models.block import Block
 from effattn_jax.models.language_model import LanguageModel
-from effattn_jax.sparse import ForgettingCache, KVCache, PathCache
+from effattn_jax.sparse import ForgettingCache, KVCache, LatentCache, PathCache
 
 EXPERTS = (["mlp", "gate"], ["mlp", "up"], ["mlp", "down"])
-CACHES = (KVCache, ForgettingCache, PathCache)
+CACHES = (KVCache, LatentCache, ForgettingCache, PathCache)
 
 
 class Sizes(NamedTuple):

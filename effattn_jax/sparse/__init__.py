@@ -18,6 +18,7 @@ from effattn_jax.sparse.h2o import h2o, h2o_prefill
 from effattn_jax.sparse.indexer_loss import indexer_loss
 from effattn_jax.sparse.infllm2 import infllm2
 from effattn_jax.sparse.infllm2_cache import cached_infllm2, init_infllm2_cache
+from effattn_jax.sparse.latent_cache import LatentCache, cached_latent_attention, init_latent_cache
 from effattn_jax.sparse.longformer import longformer_attention
 from effattn_jax.sparse.longnet import longnet_attention
 from effattn_jax.sparse.masked_attention import masked_attention
@@ -45,6 +46,7 @@ __all__ = [
     "ForgettingCache",
     "KVCache",
     "KeyIndices",
+    "LatentCache",
     "PagedCache",
     "PathCache",
     "append_clusters",
@@ -54,6 +56,7 @@ __all__ = [
     "cached_cluster_kv",
     "cached_forgetting_attention",
     "cached_infllm2",
+    "cached_latent_attention",
     "cached_moba",
     "cached_nsa",
     "cached_path_attention",
@@ -71,6 +74,7 @@ __all__ = [
     "init_cluster_cache",
     "init_forgetting_cache",
     "init_infllm2_cache",
+    "init_latent_cache",
     "init_moba_cache",
     "init_nsa_cache",
     "init_paged_cache",

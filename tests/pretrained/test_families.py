@@ -19,6 +19,7 @@ MODELS = {
     "gemma3_text": {},
     "gpt_oss": {},
     "jamba": {},
+    "kimi_linear": {},
     "mamba": {},
     "mamba2_codestral": {},
     "minicpm4_dense": {},
@@ -26,6 +27,15 @@ MODELS = {
     "minimax_text01": {"computed": DECAYS},
     "minimax_text01_rotary_half": {"computed": DECAYS},
     "mistral_swa": {},
+    "qwen3_next": {},
+    "recurrent_gemma": {},
+    "rwkv5": {},
+    "rwkv6": {},
+    "rwkv7": {},
+    "ttt_linear": {},
+    "ttt_linear_mamba_backbone": {},
+    "ttt_mlp": {},
+    "ttt_mlp_mamba_backbone": {},
 }
 """Fixtures, with what is known to differ: `tolerance`, `dropped`, tensors of the file that hold nothing, and
 `computed`, a pattern of tensors that follow from the config and are written to rounding."""

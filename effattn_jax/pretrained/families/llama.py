@@ -27,12 +27,12 @@ def attention(below: str, *, bias: bool = False, out_bias: bool = False) -> list
     ]
 
 
-def gated_mlp(below: str) -> list[Entry]:
+def gated_mlp(below: str, ours: str = "mlp", *, bias: bool = False) -> list[Entry]:
     """gate_proj, up_proj and down_proj of a gated feed-forward layer."""
     return [
-        *linear(f"{below}.gate_proj", "mlp.gate"),
-        *linear(f"{below}.up_proj", "mlp.up"),
-        *linear(f"{below}.down_proj", "mlp.down"),
+        *linear(f"{below}.gate_proj", f"{ours}.gate", bias=bias),
+        *linear(f"{below}.up_proj", f"{ours}.up", bias=bias),
+        *linear(f"{below}.down_proj", f"{ours}.down", bias=bias),
     ]
 
 

@@ -1,6 +1,7 @@
-from effattn_jax.layers import Attention
+from effattn_jax.layers import Attention, LatentAttention
 from tests.layers.records.record import Record
 
+LATENT = {"heads": 3, "latent_dim": 5, "key_dim": 4, "rope_dim": 2, "value_dim": 3}
 ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 4}
 
 RECORDS = {
@@ -11,4 +12,6 @@ RECORDS = {
     "attention_no_rope": Record(
         Attention, ATTENTION | {"kv_heads": 4, "rope_theta": None, "logits_soft_cap": 3.0}, slow=True
     ),
+    "mla": Record(LatentAttention, LATENT | {"query_rank": 6, "rope_interleaved": True}),
+    "mla_no_rope": Record(LatentAttention, LATENT | {"rope_theta": None}, slow=True),
 }
