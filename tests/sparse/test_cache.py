@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from effattn_jax.sparse import KVCache, cached_attention, init_cache
-from tests.ratio import FLOAT32, assert_close
+from tests.ratio import FLOAT32, assert_close, error_ratio
 from tests.sparse.inputs import attend, attend_cached, documents, qkv, sink_logits
 
 LENGTH, WINDOW = 48, 8
@@ -104,6 +104,38 @@ def test_bfloat16_cache_rounds_keys_and_values_once():
     rounded = [arrays[0], *(x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays[1:])]
     got, _ = in_chunks(arrays, cache_of(WINDOW, arrays, jnp.bfloat16), (24, 24), window=WINDOW)
     assert_close(attend(*rounded, window=WINDOW), got, 0.005)
+
+
+def integers(x):
+    """Whole multiples of max |x| / 127 of each vector, at most 127 of them."""
+    step = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    return np.round(x / step) * step
+
+
+@pytest.mark.parametrize("implementation", ["xla", "dense"])
+@pytest.mark.parametrize("window", [WINDOW, None])
+@pytest.mark.quick_cases(2)
+def test_an_int8_cache_is_attention_over_integers(window, implementation):
+    arrays, ids = qkv(LENGTH, value_dim=12), documents(LENGTH)
+    cache, exact = cache_of(LENGTH, arrays, jnp.int8), cache_of(LENGTH, arrays)
+    options = {"window": window, "logits_soft_cap": 20.0}
+    rounded = [arrays[0], *map(integers, arrays[1:])]
+    want = attend(*rounded, segment_ids=ids, **options)
+    got, cache = in_chunks(arrays, cache, (23, 1, 1, 23), ids, **options, implementation=implementation)
+    assert_close(want, got, FLOAT32)
+    assert cache.k.dtype == cache.v.dtype == jnp.int8
+    # against keys and values as they are: steps of 1/127 of the largest channel
+    assert 1e-3 < error_ratio(attend(*arrays, segment_ids=ids, **options), got) < 0.01
+    nbytes = lambda cache: sum(x.nbytes for x in (cache.k, cache.v, cache.k_scale, cache.v_scale) if x is not None)  # noqa: E731
+    assert nbytes(exact) == 4 * (16 + 12) * 2 * LENGTH * 2
+    assert nbytes(cache) == (16 + 4 + 12 + 4) * 2 * LENGTH * 2
+
+
+def test_an_int8_cache_keeps_zeros():
+    arrays = [x * 0 for x in qkv(4)]
+    out, cache = in_chunks(arrays, cache_of(8, arrays, jnp.int8), (3, 1))
+    assert np.all(out == 0)
+    assert np.all(np.isfinite(cache.k_scale))
 
 
 def test_layers_are_scanned():
