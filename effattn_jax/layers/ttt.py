@@ -50,6 +50,7 @@ class TTTLayer(nnx.Module):
         backbone: str,
         conv_width: int,
         rope_theta: float,
+        interleaved: bool,
         dtype: Any,
         implementation: Implementation,
         rngs: nnx.Rngs,
@@ -62,7 +63,7 @@ class TTTLayer(nnx.Module):
             checks.fail("backbone", repr(backbone), f"one of {', '.join(BACKBONES)}")
         heads, mamba = dim // head_dim, backbone == "mamba"
         self.heads, self.head_dim, self.mini_batch = heads, head_dim, mini_batch
-        self.base_lr, self.rope_theta = base_lr, rope_theta
+        self.base_lr, self.rope_theta, self.interleaved = base_lr, rope_theta, interleaved
         self.dtype, self.implementation = dtype, implementation
 
         into: dict[str, Any] = {"axes": ("embed", "heads"), "dtype": dtype, "rngs": rngs}
@@ -117,7 +118,8 @@ class TTTLayer(nnx.Module):
         q, k, tail = self.qk(x, None if state is None else state.tail, segment_ids=segment_ids)
         heads = (*x.shape[:2], self.heads, self.head_dim)
         place, _ = document_positions(x.shape[:2], None if state is None else state.memory.place, segment_ids)
-        q, k = (rope(y.reshape(heads), place % self.mini_batch, theta=self.rope_theta) for y in (q, k))
+        turned: dict[str, Any] = {"theta": self.rope_theta, "interleaved": self.interleaved}
+        q, k = (rope(y.reshape(heads), place % self.mini_batch, **turned) for y in (q, k))
 
         o, memory = self.learn(
             q,

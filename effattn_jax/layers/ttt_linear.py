@@ -28,9 +28,8 @@ class TTTLinear(TTTLayer):
       backbone: "transformer" (projections of their own for q and k) or "mamba" (one projection for both, then a causal
         convolution for each, and a gate on the output).
       conv_width: taps of the convolutions.
-      rope_theta: base of the rotary positions, which begin anew with every mini-batch. Halves of a head are turned as
-        pairs (`rope`). The authors turn neighbours: their checkpoints fit with the even channels of each head put
-        before the odd ones, wherever those channels are read or written.
+      rope_theta: base of the rotary positions, which begin anew with every mini-batch.
+      interleaved: neighbours are turned as pairs, as in the authors' checkpoints, and not halves of a head (`rope`).
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class TTTLinear(TTTLayer):
         backbone: str = "transformer",
         conv_width: int = 4,
         rope_theta: float = 10_000.0,
+        interleaved: bool = False,
         dtype: Any = jnp.float32,
         implementation: Implementation = None,
         rngs: nnx.Rngs,
@@ -55,6 +55,7 @@ class TTTLinear(TTTLayer):
             backbone=backbone,
             conv_width=conv_width,
             rope_theta=rope_theta,
+            interleaved=interleaved,
             dtype=dtype,
             implementation=implementation,
             rngs=rngs,

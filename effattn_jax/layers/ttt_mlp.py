@@ -17,7 +17,7 @@ class TTTMLP(TTTLayer):
     """`TTTLinear` with f(x) = gelu(x W1 + b1) W2 + b2 in the place of x W + b, which is `ttt_mlp` (Sun et al. 2024).
 
     Args:
-      dim, head_dim, mini_batch, backbone, conv_width, rope_theta: see `TTTLinear`.
+      dim, head_dim, mini_batch, backbone, conv_width, rope_theta, interleaved: see `TTTLinear`.
       base_lr: the largest step of a token, times K. The authors raise it from 0.01 to 0.1 over the first 5000 steps of
         training; here it is one number.
       expand: hidden channels for each channel of a head.
@@ -34,6 +34,7 @@ class TTTMLP(TTTLayer):
         backbone: str = "transformer",
         conv_width: int = 4,
         rope_theta: float = 10_000.0,
+        interleaved: bool = False,
         dtype: Any = jnp.float32,
         implementation: Implementation = None,
         rngs: nnx.Rngs,
@@ -48,6 +49,7 @@ class TTTMLP(TTTLayer):
             backbone=backbone,
             conv_width=conv_width,
             rope_theta=rope_theta,
+            interleaved=interleaved,
             dtype=dtype,
             implementation=implementation,
             rngs=rngs,
