@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from effattn_jax import checks
 from effattn_jax.layers.buffer import Buffer
@@ -114,7 +114,8 @@ def shardings(plan: Blueprint[Any], mesh: Mesh | None) -> dict[str, Any]:
     """Where each parameter lives."""
     if mesh is None:
         return dict.fromkeys(plan.names, SingleDeviceSharding(jax.devices()[0]))
-    return dict(parameter_shardings(plan, mesh))
+    auto = (AxisType.Auto,) * len(mesh.axis_names)  # the compiler decides how activations are cut
+    return dict(parameter_shardings(plan, Mesh(mesh.devices, mesh.axis_names, axis_types=auto)))
 
 
 def place(
@@ -132,36 +133,50 @@ def place(
         del tensor
         for parameter, piece in zip(rule.parameters, pieces, strict=True):
             shape, dtype, sharding = plan.shapes[parameter].shape, dtypes[parameter], where[parameter]
-            piece = np.ascontiguousarray(piece, dtype)
+            order = _memory_order(piece)
+            piece = jax.device_put(piece.transpose(order), _of_piece(sharding, len(rule.at), order))
             if not rule.at:
-                parameters[parameter] = jax.device_put(piece, sharding)
-                continue
-            if parameter not in parameters:
-                parameters[parameter] = _zeros(shape, dtype, sharding)
-            index = np.ravel_multi_index(rule.at, shape[: len(rule.at)])
-            piece = jax.device_put(piece, _of_slice(sharding, len(rule.at)))
-            parameters[parameter] = _put(parameters[parameter], piece, index)
+                parameters[parameter] = jax.jit(_turned, static_argnums=(1, 2), out_shardings=sharding)(
+                    piece, order, dtype
+                )
+            else:
+                if parameter not in parameters:
+                    parameters[parameter] = _zeros(shape, dtype, sharding)
+                index = np.ravel_multi_index(rule.at, shape[: len(rule.at)])
+                parameters[parameter] = _put(parameters[parameter], piece, index, order)
             parameters[parameter].block_until_ready()  # or the host would run ahead with tensors in its hands
+        del pieces, piece
     return parameters
+
+
+def _memory_order(x: np.ndarray) -> tuple[int, ...]:
+    """The axes as they lie in memory: in this order an array goes out without a copy; devices turn it back."""
+    return tuple(int(axis) for axis in np.argsort([-stride for stride in x.strides], kind="stable"))
+
+
+def _turned(piece: Array, order: tuple[int, ...], dtype: Any) -> Array:
+    return jnp.transpose(piece, [order.index(axis) for axis in range(len(order))]).astype(dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
-@functools.partial(jax.jit, donate_argnums=(0,))
-def _put(stacked: Array, piece: Array, index: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(3,), donate_argnums=(0,))
+def _put(stacked: Array, piece: Array, index: Array, order: tuple[int, ...]) -> Array:
     leading = stacked.shape[: stacked.ndim - piece.ndim]
     at = jnp.unravel_index(index, leading)
+    piece = _turned(piece, order, stacked.dtype)
     return jax.lax.dynamic_update_slice(
         stacked, piece.reshape((1,) * len(leading) + piece.shape), (*at, *(0,) * piece.ndim)
     )
 
 
-def _of_slice(sharding: Any, leading: int) -> Any:
-    """Where a slice lies: as the whole, less the leading axes."""
+def _of_piece(sharding: Any, leading: int, order: tuple[int, ...]) -> Any:
+    """Where a piece lies: as the whole, less the leading axes, the others in this order."""
     if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[leading:]))
+        spec = (*sharding.spec, *(None,) * (leading + len(order) - len(sharding.spec)))[leading:]
+        return NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in order)))
     return sharding
 
 
