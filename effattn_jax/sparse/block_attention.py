@@ -97,13 +97,15 @@ def block_attention(
     position = jnp.broadcast_to(first[..., None] + jnp.arange(length), (batch, length))
     query_segments = None
     block_indices = jnp.asarray(block_indices)
-    starts = jnp.where(block_indices < 0, keys, jnp.minimum(block_indices, keys) * block_size)
+    block_indices = block_indices.astype(jnp.promote_types(block_indices.dtype, jnp.int32))
+    blocks = -(-keys // block_size)  # a larger index times block_size may be no int32
+    starts = jnp.where(block_indices < 0, keys, jnp.minimum(block_indices, blocks) * block_size)
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
         query_segments = segment_ids[:, keys - length :]
         q, k, v = real_only(q, query_segments), real_only(k, segment_ids), real_only(v, segment_ids)
         starts += first_tokens(segment_ids)[:, keys - length :, None, None]
-    starts = distinct(starts, keys)
+    starts = distinct(starts, keys)[..., :blocks]  # what a longer list gathers would change the order of sums
 
     per_group, per_list = lists // groups, heads // lists
 

@@ -143,6 +143,37 @@ def test_what_no_list_names_may_hold_anything():
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
 
 
+@pytest.mark.parametrize("far", [2, 2**16, 2**17 + 1, 2**31 - 1])
+def test_an_index_beyond_the_row_names_no_block(far):
+    """In int32 far * block_size is another block's first key, or negative."""
+    keys, block_size = 2**16, 2**15
+    k = np.zeros((1, keys, 1, 2), np.float32)
+    k[0, block_size:, 0, 0] = 1  # the second block's keys
+    lists_of = np.array([[[[far, 1]]]], np.int32)
+    out, lse = listed(k[:, -1:], k, k, lists_of, block_size=block_size, scale=1.0)
+    np.testing.assert_allclose(out[0, 0, 0], (1, 0), rtol=1e-6)
+    np.testing.assert_allclose(lse[0, 0, 0], 1 + np.log(block_size), rtol=1e-6)
+
+
+def test_lists_of_small_integers():
+    """An int8 times block_size is no int8."""
+    q, k, v = qkv(1, 320)
+    wide = np.array([4, 1, -1], np.int32)[None, None, None].repeat(2, 0).repeat(2, 2)
+    want, got = (listed(q, k, v, x, block_size=64) for x in (wide, wide.astype(np.int8)))
+    jax.tree.map(np.testing.assert_array_equal, want, got)
+    assert_close(brute_force(visible(wide, 1, 320, 4, block_size=64), q, k, v), got, FLOAT32)
+
+
+def test_every_block_of_a_size_that_no_step_divides():
+    """13 blocks of 48, the last of 5 keys, some in one step of the loop and the others in the next."""
+    length, keys = 6, 12 * 48 + 5
+    q, k, v = qkv(length, keys)
+    indices = np.broadcast_to(np.arange(13, dtype=np.int32), (2, length, 2, 13))
+    do, dl = randn(1, (2, length, 4, 16), (2, length, 4))
+    want = brute_force(visible(indices, length, keys, 4, block_size=48), q, k, v, do, dl)
+    assert_close(want, with_gradients(q, k, v, indices, do, dl, block_size=48), FLOAT32)
+
+
 def test_every_query_lists_one_block():
     """A router that has collapsed: one block meets all queries, the others none."""
     q, k, v = qkv(300)
