@@ -11,13 +11,15 @@ class Mechanism:
     `run(q, k, v, segment_ids=None)` is the function of the library, in JAX: q [B, T, H, K], k [B, M, G, K],
     v [B, M, G, V] -> out [B, T, H, V]; its queries are the last T of the M positions.
     `mask(q, k)` is the effective mask [B, H, T, M], by brute force from the equation, in float64 numpy; it shares no
-    code with the library. A mechanism that is no single softmax has an `oracle(q, k, v)` -> out instead.
+    code with the library. A mechanism that is no single softmax has an `oracle(q, k, v)` -> out instead; one that
+    selects at random has neither.
     """
 
     name: str
     run: Callable
     mask: Callable | None = None
     oracle: Callable | None = None
+    decode: Callable | None = None  # (q, k, v) -> out, token by token through its cache
     dense: Callable | None = None  # like `run`, with a budget that reads everything: it must be dense attention
     lengths: tuple[int, ...] = (1, 7, 8, 9, 15, 17, 37)  # around the sizes of its blocks
     heads: int = 4
@@ -31,3 +33,4 @@ class Mechanism:
     continues: bool = True  # takes M > T: the last rows of one pass
     count: Callable | None = None  # (length) -> the number of keys that the last row reads; None: no fixed number
     limit: float = 1e-5  # error ratio of float32
+    slow: bool = False  # every test of it here: it has quick ones of its own

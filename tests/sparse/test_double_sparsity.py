@@ -21,12 +21,12 @@ from tests.ratio import FLOAT32, assert_close
 from tests.sparse.brute_force import brute_force
 from tests.sparse.golden_inputs import DIGITS, waves
 from tests.sparse.inputs import randn
+from tests.sparse.records.double_sparsity import CHANNELS, heavy_of_row
 
 LENGTHS = np.array([19, 3, 0, 16])
 extend = jit(append_labels)
 read = jit(double_sparsity, static_argnames=("heavy",))
 choose = jit(heavy_tokens, static_argnames=("heavy",))
-CHANNELS = np.array([[5, 0, 3], [1, 6, 7]])
 
 
 def filled(channels=CHANNELS, seed=0):
@@ -40,14 +40,7 @@ def filled(channels=CHANNELS, seed=0):
 
 def chosen(q, k, channels, heavy):
     """[B][H] of lists, highest first."""
-    result = []
-    for b, length in enumerate(LENGTHS):
-        rows = []
-        for h in range(4):
-            score = [sum(q[b, 0, h, c] * k[b, j, h // 2, c] for c in channels[h // 2]) for j in range(length)]
-            rows.append(sorted(range(length), key=lambda j: (-score[j], j))[:heavy])
-        result.append(rows)
-    return result
+    return [heavy_of_row(q[b, 0], k[b, :length], channels, heavy) for b, length in enumerate(LENGTHS)]
 
 
 def mask_of(lists):

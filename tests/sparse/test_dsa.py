@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from effattn_jax.layers import DSA
 from effattn_jax.sparse import query_chunks
 from effattn_jax.sparse.dsa import dsa, dsa_tokens, index_scores
 from effattn_jax.sparse.indexer_loss import divergence, indexer_loss
@@ -43,6 +45,31 @@ def test_of_equal_scores_the_earlier_token():
     run = jit(partial(dsa_tokens, topk=3))
     assert run(q, k, w)[0, -1].tolist() == [1, 3, 4]
     assert run(0 * q, k, w)[0, -1].tolist() == [0, 1, 2]
+
+
+TURNED = {  # channel: unit vectors at position 1, of whose 8 channels 0..3 are rotated, (0, 2) by 1 and (1, 3) by 0.01
+    0: (0.540302, 0, 0.841471, 0, 0, 0, 0, 0),
+    1: (0, 0.999950, 0, 0.010000, 0, 0, 0, 0),
+    2: (-0.841471, 0, 0.540302, 0, 0, 0, 0, 0),
+    3: (0, -0.010000, 0, 0.999950, 0, 0, 0, 0),
+    4: (0, 0, 0, 0, 1, 0, 0, 0),
+    7: (0, 0, 0, 0, 0, 0, 0, 1),
+}
+
+
+def test_the_indexer_rotates_halves():
+    """Channels i and i + R / 2 are a pair, not neighbours, in queries and keys; what is behind them is not rotated."""
+    layer = DSA(8, heads=1, index_heads=1, index_dim=8, topk=4, rngs=nnx.Rngs(0))
+    for projection in (layer.index_q_proj, layer.index_k_proj):
+        projection.kernel[...] = jnp.eye(8)
+    x, positions = np.eye(8, dtype=np.float32)[:, None], np.ones((8, 1), np.int32)
+    index_q = np.asarray(layer.ask(x, positions)[1])[:, 0, 0]
+    index_k = np.asarray(layer.remember(x, positions)[-1])[:, 0]
+    for channel, want in TURNED.items():
+        np.testing.assert_allclose(index_q[channel], want, rtol=0, atol=1e-6)
+    normed = (np.eye(8) - 1 / 8) / np.sqrt(7 / 64)  # mean 1 / 8, variance 1 / 8 - 1 / 64
+    turned = np.stack([TURNED.get(channel, np.eye(8)[channel]) for channel in range(8)])
+    np.testing.assert_allclose(index_k, normed @ turned, rtol=0, atol=1e-3)  # the epsilon of the norm
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch):

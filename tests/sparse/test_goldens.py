@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effattn_jax.sparse.block_attention import block_attention
 from effattn_jax.sparse.dense import masked
+from tests.compiled import jit
 from tests.sparse.inputs import attend
 
 OPS = Path(__file__).parent.parent / "fixtures" / "ops"
@@ -70,6 +72,31 @@ def test_first_keys_and_window_by_merging(implementation):
         out = out.at[:, :5].set(attend(q, k, v, **options)[0][:, :5])  # there the two parts are all of the past
         np.testing.assert_allclose(out[0, 31, 0], A_SHAPE[0], rtol=0, atol=DIGITS)
         np.testing.assert_allclose(out.sum(), A_SHAPE[1], rtol=0, atol=DIGITS)
+
+
+BLOCK_MAXIMA = (0.109473, 0.142887, 0.132972, 0.040467)  # of the last row's weights, in blocks of 8
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_greatest_weights_of_blocks(implementation):
+    """Values that are one-hot make the output the row of weights."""
+    with jax.enable_x64(True):
+        q, k, _ = waves()
+        weights = attend(q, k, jnp.eye(32)[None, :, None], scale=0.5, implementation=implementation)
+        np.testing.assert_allclose(weights[0, 31, 0].reshape(4, 8).max(-1), BLOCK_MAXIMA, rtol=0, atol=DIGITS)
+
+
+def test_greatest_weights_of_blocks_by_log_sum_exps():
+    """A block by itself, and what it is of the whole row: e^{L_n - L} max_j p_nj."""
+    with jax.enable_x64(True):
+        q, k, v = waves()
+        _, whole = attend(q, k, v, scale=0.5, return_lse=True)
+        row = jnp.repeat(q[:, 31:], 4, axis=1)
+        blocks = np.arange(4)[None, :, None, None]
+        run = jit(lambda *x: block_attention(*x, block_size=8, causal=False, scale=0.5))
+        weights, lse = run(row, k, jnp.eye(32)[None, :, None], blocks)
+        greatest = jnp.exp(lse[0, :, 0] - whole[0, 31, 0]) * weights[0, :, 0].max(-1)
+        np.testing.assert_allclose(greatest, BLOCK_MAXIMA, rtol=0, atol=DIGITS)
 
 
 OPTIONS = {

@@ -14,8 +14,9 @@ from tests.ratio import BFLOAT16_OUT, FLOAT32, assert_close
 from tests.sparse.brute_force import brute_force
 from tests.sparse.golden_inputs import DIGITS, SCALE, waves
 from tests.sparse.inputs import randn
+from tests.sparse.records.quest import PAGE, chosen
 
-PAGE, LENGTHS = 4, np.array([19, 5, 0, 16])
+LENGTHS = np.array([19, 5, 0, 16])
 extend, back, pages_of = jit(append_quest), jit(rewind_quest), jit(page_bounds)
 read = jit(quest, static_argnames=("budget", "force_last", "scale"))
 choose = jit(quest_pages, static_argnames=("budget", "force_last"))
@@ -31,19 +32,6 @@ def empty(batch=4, pages=24, page=PAGE, dtype=jnp.float32, value_dim=6):
 def filled(lengths=LENGTHS, seed=0, dtype=jnp.float32, value_dim=6):
     q, k, v = randn(seed, (4, 1, 4, 8), (4, 20, 2, 8), (4, 20, 2, value_dim), dtype=dtype)
     return q + q, k, v, *extend(*empty(dtype=dtype, value_dim=value_dim), k, v, lengths)
-
-
-def chosen(q, k, length, budget, force_last=True):
-    """Of one row: {head: pages}."""
-    count = -(-length // PAGE)
-    result = {}
-    for h in range(4):
-        of_pages = [k[n * PAGE : min((n + 1) * PAGE, length), h // 2] for n in range(count)]
-        bound = [sum(max(a * x.min(), a * x.max()) for a, x in zip(q[h], page.T, strict=True)) for page in of_pages]
-        forced = [count - 1] if force_last else []
-        free = sorted(set(range(count)) - set(forced), key=lambda n: (-bound[n], n))
-        result[h] = (forced + free)[: budget // PAGE]
-    return result
 
 
 def mask_of(q, k, budget, lengths=LENGTHS):
@@ -86,6 +74,16 @@ def test_a_large_budget_is_dense():
     mask = np.broadcast_to(np.arange(20) < LENGTHS[:, None, None, None], (4, 4, 1, 20))
     assert_close(brute_force(mask, q, k, v)[0], read(q, cache, bounds, budget=20), FLOAT32)
     np.testing.assert_array_equal(read(q, cache, bounds, budget=24), read(q, cache, bounds, budget=400))  # to the bit
+
+
+def test_pages_that_no_power_of_two_divides():
+    """Pages of 48: the last tokens of full and of begun pages are read."""
+    lengths, page = np.array([48, 96, 100, 47]), 48
+    q, k, v = randn(0, (4, 1, 4, 8), (4, 100, 2, 8), (4, 100, 2, 6))
+    cache, bounds = extend(*empty(pages=12, page=page), k, v, lengths)
+    assert_bounds(cache, bounds)
+    mask = np.broadcast_to(np.arange(100) < lengths[:, None, None, None], (4, 4, 1, 100))
+    assert_close(brute_force(mask, q, k, v)[0], read(q, cache, bounds, budget=3 * page), FLOAT32)
 
 
 def test_lists():

@@ -9,40 +9,10 @@ from effattn_jax.sparse.reformer import random_rotations, reformer_attention
 from tests.compiled import jit
 from tests.ratio import FLOAT32, assert_close
 from tests.sparse.inputs import randn
+from tests.sparse.records.reformer import expected
 
 OPTIONS = ("bucket_size", "causal", "same_bucket", "count_once", "scale")
 run = jit(reformer_attention, static_argnames=OPTIONS)
-
-
-def meetings(x, rotations, size, same_bucket):
-    """[T, T], in how many rounds token i meets token j; one head of one row without padding."""
-    length = len(x)
-    count = np.zeros((length, length))
-    for rotation in rotations:
-        turned = x @ rotation
-        bucket = np.argmax(np.concatenate([turned, -turned], -1), -1)
-        place = np.empty(length, int)
-        place[sorted(range(length), key=lambda i: (bucket[i], i))] = np.arange(length)
-        for i, j in np.ndindex(length, length):
-            met = place[i] // size - place[j] // size in (0, 1)
-            count[i, j] += met and not (same_bucket and bucket[i] != bucket[j])
-    return count
-
-
-def expected(qk, v, rotations, bucket_size, causal=True, same_bucket=False, count_once=False):
-    qk, v, rotations = (np.asarray(x).astype(np.float64) for x in (qk, v, rotations))
-    out = np.zeros(v.shape)
-    for b, h in np.ndindex(qk.shape[0], qk.shape[2]):
-        x = qk[b, :, h]
-        weight = meetings(x, rotations, bucket_size, same_bucket)
-        weight = np.minimum(weight, 1) if count_once else weight
-        weight *= ~np.eye(len(x), dtype=bool) * (np.tri(len(x)) if causal else 1)
-        s = x @ (x / np.linalg.norm(x, axis=-1, keepdims=True)).T / np.sqrt(x.shape[1])
-        p = weight * np.exp(s)
-        alone = p.sum(-1) == 0
-        p[alone, alone] = 1
-        out[b, :, h] = p / p.sum(-1, keepdims=True) @ v[b, :, h]
-    return out
 
 
 def draw(length, rounds=3, buckets=4):

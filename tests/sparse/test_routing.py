@@ -10,30 +10,9 @@ from effattn_jax.sparse.routing import commitment_loss, nearest, routing_attenti
 from tests.compiled import jit
 from tests.ratio import FLOAT32, assert_close
 from tests.sparse.inputs import randn
+from tests.sparse.records.routing import expected, unit
 
 run = jit(routing_attention, static_argnames=("window", "causal", "scale"))
-unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-
-
-def expected(q, k, v, centroids, window, causal=True, memory=None):
-    q, k, v, centroids = (np.asarray(x).astype(np.float64) for x in (q, k, v, centroids))
-    out = np.zeros(v.shape)
-    batch, length, heads, key_dim = q.shape
-    for b, h in np.ndindex(batch, heads):
-        total, times = np.zeros((length, v.shape[-1])), np.zeros(length)
-        for mu in centroids[h]:
-            taken = [np.argsort(-unit(x[b, :, h]) @ unit(mu), kind="stable")[:window] for x in (q, k)]
-            for i in taken[0]:
-                read = [j for j in taken[1] if not causal or j <= i]
-                keys, values = k[b, read, h], v[b, read, h]
-                if memory is not None:
-                    keys, values = (np.concatenate([m[h], x]) for m, x in zip(memory, (keys, values), strict=True))
-                times[i] += 1
-                if len(keys):
-                    p = np.exp(keys @ q[b, i, h] / np.sqrt(key_dim))
-                    total[i] += p / p.sum() @ values
-        out[b, :, h] = total / np.maximum(times, 1)[:, None]
-    return out
 
 
 def draw(length=30, clusters=4):

@@ -12,29 +12,11 @@ from tests.ratio import FLOAT32, assert_close
 from tests.sparse.brute_force import brute_force
 from tests.sparse.golden_inputs import DIGITS, SCALE, waves
 from tests.sparse.inputs import qkv
-from tests.sparse.records.minference import highest, last_rows
+from tests.sparse.records.snapkv import kept
 
 STATIC = ("window", "capacity", "kernel", "pool", "scale")
 tokens_of, prefill = jit(snapkv_tokens, static_argnames=STATIC), jit(snapkv_prefill, static_argnames=("room", *STATIC))
 step = jit(snapkv)
-
-
-def kept(q, k, window, capacity, kernel, pool):
-    """[B][G] of lists."""
-    result = []
-    (batch, _, heads, _), (keys, groups) = q.shape, k.shape[1:3]
-    for b in range(batch):
-        rows = []
-        for g in range(groups):
-            votes = np.zeros(keys - window)
-            for h in range(g * heads // groups, (g + 1) * heads // groups):
-                for weights in last_rows(q[b, :, h], k[b, :, g], window).values():
-                    votes += weights[: keys - window]
-            near = [votes[max(0, j - kernel // 2) : j + kernel // 2 + 1] for j in range(len(votes))]
-            score = [x.sum() / kernel if pool == "avg" else x.max() for x in near]
-            rows.append(sorted(highest(score, capacity - window)) + list(range(keys - window, keys)))
-        result.append(rows)
-    return result
 
 
 def test_table():

@@ -5,8 +5,10 @@ from functools import partial
 import numpy as np
 
 from effattn_jax.sparse.infllm2 import infllm2
+from effattn_jax.sparse.infllm2_cache import cached_infllm2, init_infllm2_cache
 from tests.sparse.mechanism import Mechanism
 from tests.sparse.records.moba import count, mask_of
+from tests.sparse.token_by_token import token_by_token
 
 SIZES = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8}
 
@@ -57,11 +59,18 @@ def _run(q, k, v, segment_ids=None, **options):
     return infllm2(q, k, v, dense_len=-1, segment_ids=segment_ids, **SIZES, **options)
 
 
+def _decode(q, k, v, **options):
+    windows = {name: SIZES[name] for name in ("kernel_size", "kernel_stride")}
+    cache = init_infllm2_cache(*k.shape, v.shape[3], dtype=k.dtype, **windows)
+    return token_by_token(partial(cached_infllm2, dense_len=-1, **SIZES, **options), cache, q, k, v)
+
+
 RECORDS = [
     Mechanism(
         "infllm2",
         partial(_run, topk=3, window=8),
         partial(_mask, topk=3, window=8),
+        decode=partial(_decode, topk=3, window=8),
         dense=partial(_run, topk=100, window=8),
         lengths=(1, 4, 9, 47),
         count=partial(count, block_size=8, topk=4),

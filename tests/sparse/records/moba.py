@@ -5,7 +5,9 @@ from functools import partial
 import numpy as np
 
 from effattn_jax.sparse.moba import moba
+from effattn_jax.sparse.moba_cache import cached_moba, init_moba_cache
 from tests.sparse.mechanism import Mechanism
+from tests.sparse.token_by_token import token_by_token
 
 
 def blocks(q, k, block_size, topk):
@@ -39,6 +41,11 @@ def _run(q, k, v, segment_ids=None, **options):
     return moba(q, k, v, segment_ids=segment_ids, **options)
 
 
+def _decode(q, k, v, block_size, topk):
+    cache = init_moba_cache(*k.shape, v.shape[3], block_size=block_size, dtype=k.dtype)
+    return token_by_token(partial(cached_moba, block_size=block_size, topk=topk), cache, q, k, v)
+
+
 def count(length, block_size, topk):
     own, inside = divmod(length - 1, block_size)
     return inside + 1 + block_size * min(topk - 1, own)
@@ -49,6 +56,7 @@ RECORDS = [
         f"moba {topk}",
         partial(_run, block_size=8, topk=topk),
         partial(_mask, block_size=8, topk=topk),
+        decode=partial(_decode, block_size=8, topk=topk),
         dense=partial(_run, block_size=8, topk=100),
         lengths=(1, 8, 9, 37),
         count=partial(count, block_size=8, topk=topk),

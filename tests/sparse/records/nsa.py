@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax.sparse.nsa import KV, nsa
+from effattn_jax.sparse.nsa_cache import cached_nsa, init_nsa_cache
 from tests.sparse.mechanism import Mechanism
+from tests.sparse.token_by_token import token_by_token
 
 SIZES = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8}
 
@@ -80,6 +82,16 @@ def _run(q, k, v, segment_ids=None, only=None, **options):
     return nsa(q, kv, kv, kv, factors, segment_ids=segment_ids, **SIZES, **options)
 
 
+def _decode(q, k, v, window, **options):
+    def step(q, k, v, cache):
+        kv = KV(k, v)
+        return cached_nsa(q, kv, kv, kv, jax.nn.sigmoid(q[..., :3]), cache, window=window, **SIZES, **options)
+
+    windows = {name: SIZES[name] for name in ("kernel_size", "kernel_stride")}
+    cache = init_nsa_cache(*k.shape, v.shape[3], window=window, dtype=k.dtype, **windows)
+    return token_by_token(step, cache, q, k, v)
+
+
 OPTIONS = {"topk": 3, "init_blocks": 1, "local_blocks": 1, "window": 5}
 
 RECORDS = [
@@ -87,6 +99,7 @@ RECORDS = [
         "nsa",
         partial(_run, **OPTIONS),
         oracle=partial(_oracle, **OPTIONS),
+        decode=partial(_decode, **OPTIONS),
         dense=partial(_run, only=1, **OPTIONS | {"topk": 100}),
         lengths=(1, 4, 9, 47),
     )
