@@ -12,6 +12,7 @@ def base() -> ConfigDict:
 
     model.pattern            names of mixers, one a block; the pattern repeats model.repeats times
     model.mixers.<name>      options of a mixer; `kind` names it where <name> does not, `mlp_dim` is its block's
+    model.before, .after     names of mixers of blocks before and after the pattern, once each
     model.dim, .mlp_dim      residual stream; hidden size of the feed-forward layers (0: none)
     model.mlp                their kind: "swiglu" or a channel mix of RWKV
     model.vocab_size         rows of the embedding; None: the tokenizer's
@@ -54,6 +55,8 @@ def base() -> ConfigDict:
                 "mlp": "swiglu",
                 "pattern": ("mamba2", "mamba2", "mamba2", "local"),
                 "repeats": 1,
+                "before": (),
+                "after": (),
                 "mixers": {"mamba2": {}, "local": {"kind": "attention", "heads": 4, "window": 128}},
                 "vocab_size": placeholder(int),
                 "tie_embeddings": True,

@@ -42,6 +42,13 @@ def stored_dtype(config: Config) -> Any:
     return DTYPES[name]
 
 
+def language_model_options(config: Config) -> dict[str, Any]:
+    """Of `LanguageModel`, but for its dtype."""
+    split = pattern_of(config)
+    pattern = {"before": split.before, "pattern": split.pattern, "repeats": split.repeats, "after": split.after}
+    return family_of(config).options(config) | pattern
+
+
 def from_config(config: Config, *, dtype: Any = None, remat: bool = False, rngs: nnx.Rngs) -> LanguageModel:
     """The model that a published config.json describes, with weights as we draw them.
 
@@ -54,16 +61,8 @@ def from_config(config: Config, *, dtype: Any = None, remat: bool = False, rngs:
       ValueError: a `model_type` or an option that is not supported.
     """
     config = language_config(config)
-    family, split = family_of(config), pattern_of(config)
-    model = LanguageModel(
-        **family.options(config),
-        before=split.before,
-        pattern=split.pattern,
-        repeats=split.repeats,
-        after=split.after,
-        dtype=stored_dtype(config) if dtype is None else dtype,
-        remat=remat,
-        rngs=rngs,
-    )
+    options = language_model_options(config)
+    dtype = stored_dtype(config) if dtype is None else dtype
+    model = LanguageModel(**options, dtype=dtype, remat=remat, rngs=rngs)
     model.source = Source.of(config)
     return model
