@@ -5,6 +5,27 @@
 Two kernels do the work, `attention_forward.forward` and `attention_backward.backward`, where the schedules and the
 floors are; here are the sizes they run with, what fills up a tile, and the little that XLA does around them: the row
 sums D of the backward pass, the gradient of a sink, dz = -sum_i e^{z - L_i} D_i, and the rounding of dq.
+
+Measured at B4 T8192 H16 K = V = 128, bfloat16, causal, milliseconds; with a backward pass, forward and backward
+together. On an H100, before the backward pass was made leaner:
+
+    forward       one by one, 128 keys          1.927
+                  overlap, 128 keys             1.978
+                  overlap, 64 keys, 4 stages    2.291
+                  cuDNN                         1.965
+    and backward  64 queries, 2 stages          7.972
+                  64 queries, 1 stage           9.877
+                  cuDNN                         7.403
+
+On an H200, all in one run:
+
+    forward       one by one                    1.960       window of 1024    0.593
+                  overlap                       1.944                         0.580
+                  cuDNN                         1.986                         0.608
+    and backward  overlap, as it was before     7.782                         2.348
+                  one by one                    7.392                         2.210
+                  overlap                       7.305                         2.176
+                  cuDNN                         7.487                         2.492
 """
 
 import functools

@@ -69,6 +69,14 @@ def _tiles(first: Any, last: Any, least: int | None, most: int | None, size: int
     return Span(start, full_start, jnp.clip(down(full_high), full_start, stop), stop)
 
 
+def edges(band: Band, size: int, tile: int) -> tuple[Band, Band]:
+    """What is left to ask of pairs in tiles of keys before the full ones of `size` queries, and in those after; for
+    tiles of queries and `size` keys the other way around. Where a window is wide no tile is on both of its edges."""
+    if band.least is None or band.most is None or band.most - band.least < size + tile:
+        return band, band
+    return band._replace(least=None), band._replace(most=None)
+
+
 def in_documents(span: Span, ids: jax.Array, others: jax.Array) -> jax.Array:
     """[B, N, 4]: the spans of N blocks, narrowed to tiles of the same documents.
 
@@ -105,18 +113,19 @@ def mask(
 ) -> jax.Array | None:
     """Which pairs of query rows first, first + 1, ... and keys first_key, ... are visible, queries on axis `queries`;
     None is all. `ids` are the documents of the queries and of the keys, which differ where one of them is padding."""
-    along = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)  # noqa: E731
-    key = along(1 - queries) + first_key
-    distance = along(queries) + (first + band.offset) - key
+    # positions are numbers of rows or of columns; only comparisons are made for pairs
+    along = lambda i: plgpu.broadcasted_iota(jnp.int32, (shape[i],), 0, layout=WGMMA.reduce(1 - i))  # noqa: E731
+    over = lambda x, axis: lax.broadcast_in_dim(x, shape, [axis])  # noqa: E731
+    position = along(queries) + (first + band.offset)
+    key = over(along(1 - queries) + first_key, 1 - queries)
     conditions = []
     if band.least is not None:
-        conditions.append(distance >= band.least)
+        conditions.append(over(position - band.least, queries) >= key)
     if band.most is not None:
-        conditions.append(distance <= band.most)
+        conditions.append(over(position - band.most, queries) <= key)
     if band.keys % tile:
         conditions.append(key < band.keys)
     if ids is not None:
-        axes = (queries, 1 - queries)
-        ours, theirs = (lax.broadcast_in_dim(x, shape, [axis]) for x, axis in zip(ids, axes, strict=True))
-        conditions.append(ours == theirs)
+        ours, theirs = ids
+        conditions.append(over(ours, queries) == over(theirs, 1 - queries))
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
