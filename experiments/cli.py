@@ -22,8 +22,16 @@ EXPECTED = (ArgumentError, FileNotFoundError, CheckpointError, NonFiniteLoss)
 """Errors of the user's world rather than of the program: their message says all."""
 
 
-def run(main: Callable[[ConfigDict, str], None], description: str | None) -> None:
-    """Parse the command line and call `main(config, workdir)`; `--help` shows the description and every field."""
+def run(
+    main: Callable[[ConfigDict, str], None],
+    description: str | None,
+    *,
+    without_config: Callable[[], None] | None = None,
+) -> None:
+    """Parse the command line and call `main(config, workdir)`; `--help` shows the description and every field.
+
+    Where an experiment needs no config, `without_config` is called if none is given.
+    """
     argv = sys.argv
     if any(argument in ("--help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
         print(_help(description, argv))
@@ -39,11 +47,14 @@ def run(main: Callable[[ConfigDict, str], None], description: str | None) -> Non
         _stop(_unknown_field(argv) or f"--config: {error}", 2)
     if rest:
         _stop(f"got the argument {rest[0]!r}; everything is a flag: --config.<field>=<value>", 2)
-    if CONFIG.value is None:
+    if CONFIG.value is None and without_config is None:
         _stop("--config is needed, for example --config=configs/quickstart.py (--help shows all flags)", 2)
     name = os.path.splitext(os.path.basename(path))[0]
     try:
-        main(CONFIG.value, os.path.abspath(WORKDIR.value or os.path.join("runs", name)))
+        if CONFIG.value is not None:
+            main(CONFIG.value, os.path.abspath(WORKDIR.value or os.path.join("runs", name)))
+        elif without_config is not None:
+            without_config()
     except EXPECTED as error:
         _stop(str(error), 1)
 
@@ -101,6 +112,12 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
     return None
 
 
+def _flags_of_experiments() -> list[flags.Flag]:
+    """Those of modules that experiments share."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    return [flag for name, found in modules.items() if name.startswith("experiments.") for flag in found]
+
+
 def _help(description: str | None, argv: Sequence[str]) -> str:
     path = _config_path(argv)
     lines = [
@@ -111,10 +128,9 @@ def _help(description: str | None, argv: Sequence[str]) -> str:
         "  --config.<field>=<value>   overrides a field",
         "  --workdir=<directory>      where the run's files are; default: runs/<name of the config file>",
     ]
-    for name in flags.FLAGS:
-        flag = flags.FLAGS[name]
-        if name not in ("config", "workdir") and flag in flags.FLAGS.get_flags_for_module(sys.modules["__main__"]):
-            lines.append(f"  --{name}=<{flag.flag_type()}>  {flag.help} (default: {flag.default})")
+    for flag in [*flags.FLAGS.get_flags_for_module(sys.modules["__main__"]), *_flags_of_experiments()]:
+        if flag.name not in ("config", "workdir"):
+            lines.append(f"  --{flag.name}=<{flag.flag_type()}>  {flag.help} (default: {flag.default})")
     meaning = (base.__doc__ or "").strip("\n")
     lines += [
         "",

@@ -1,0 +1,51 @@
+"""Which model: one that was trained here, by its config and workdir, or a published checkpoint."""
+
+import os
+
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from effattn_jax import checks
+from effattn_jax.models import LanguageModel
+from effattn_jax.models.blueprint import blueprint
+from effattn_jax.pretrained import load, load_tokenizer
+from effattn_jax.pretrained.hub import directory_of
+from effattn_jax.pretrained.tokenizer import TOKENIZER, PretrainedTokenizer
+from effattn_jax.training.data import Tokenizer
+from effattn_jax.training.data import load_tokenizer as load_training_tokenizer
+from effattn_jax.training.restore import restore_params
+from effattn_jax.training.setup import model_maker
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a directory in Hugging Face's format, or author/name of its hub")
+DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "of a --checkpoint's matrices; default: as in its files")
+STEP = flags.DEFINE_integer("step", None, "which checkpoint of the workdir; default: the newest")
+
+
+def trained(config: ConfigDict, workdir: str) -> tuple[LanguageModel, Tokenizer, int]:
+    """The model that a run left in its workdir, its tokenizer, and the step.
+
+    Raises:
+      ValueError: there is a --checkpoint too.
+    """
+    if CHECKPOINT.value is not None:
+        checks.fail("--checkpoint", "one beside --config", "one of the two")
+    tokenizer = load_training_tokenizer(config.data.tokenizer)
+    plan = blueprint(model_maker(config, tokenizer.vocab_size))
+    step, parameters = restore_params(os.path.join(workdir, "checkpoints"), plan.shapes, step=STEP.value)
+    return plan.model(parameters), tokenizer, step
+
+
+def published() -> tuple[LanguageModel, PretrainedTokenizer | None]:
+    """The model of --checkpoint, and its tokenizer where it has one.
+
+    Raises:
+      ValueError: no --checkpoint; what `effattn_jax.pretrained.load` refuses.
+    """
+    if CHECKPOINT.value is None:
+        checks.fail("flags", "neither --config nor --checkpoint", "one of the two (--help shows all flags)")
+    directory = directory_of(CHECKPOINT.value)
+    tokenizer = load_tokenizer(directory) if (directory / TOKENIZER).is_file() else None
+    return load(directory, dtype=None if DTYPE.value is None else DTYPES[DTYPE.value]), tokenizer
