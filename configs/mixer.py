@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mla": {"heads": HEADS, "latent_dim": 64, "key_dim": 32, "rope_dim": 16, "value_dim": HEAD_DIM},
     "moba": {"heads": HEADS, "block_size": 64, "topk": 3},
     "nsa": {"heads": HEADS, "kv_heads": 2} | WINDOWS | {"topk": 4, "window": 64},
+    "nsa_shared": {"heads": HEADS, "kv_heads": 2, "block_size": 32, "topk": 4, "window": 64},
     "path": {"heads": HEADS},
     "performer": {"heads": HEADS},
     "retention": {"heads": HEADS},

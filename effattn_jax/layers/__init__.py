@@ -44,6 +44,7 @@ from effattn_jax.layers.moba import MoBA
 from effattn_jax.layers.moe import MoE
 from effattn_jax.layers.neural_memory import MemoryState
 from effattn_jax.layers.nsa import NSA
+from effattn_jax.layers.nsa_shared import SharedNSA
 from effattn_jax.layers.path_attention import PathAttention, PathState
 from effattn_jax.layers.performer import Performer, PerformerState
 from effattn_jax.layers.projection import Projection
@@ -94,6 +95,7 @@ MIXERS = {
     "mla": LatentAttention,
     "moba": MoBA,
     "nsa": NSA,
+    "nsa_shared": SharedNSA,
     "path": PathAttention,
     "performer": Performer,
     "retention": MultiScaleRetention,
@@ -190,6 +192,7 @@ __all__ = [
     "RWKVState",
     "RetentionState",
     "RoutedState",
+    "SharedNSA",
     "ShortConvolution",
     "SwiGLU",
     "TTTLayerState",

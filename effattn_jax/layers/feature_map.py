@@ -20,7 +20,7 @@ class FeatureMap(nnx.Module):
     """phi(x): [B, T, H, K] -> [B, T, H, features], computed in float32; see `effattn_jax.linear.feature_maps`.
 
     "hedgehog" starts from the identity, W = I; "t2r" and "elementwise_product" from random matrices and zero biases;
-    "rebased" from gamma = 1 and beta = 0. Each head has its own.
+    "rebased" from gamma = 1 and beta = 0. Each head has its own, or with `shared` all heads the same.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class FeatureMap(nnx.Module):
         feature_dim: int | None = None,
         nu: int = 1,
         max_length: int | None = None,
+        shared: bool = False,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -42,6 +43,7 @@ class FeatureMap(nnx.Module):
         if name == "dpfp" and nu < 1:
             checks.fail("nu", nu, "at least 1")
         width = key_dim if feature_dim is None else feature_dim
+        heads = 1 if shared else heads
         self.name, self.nu, self.max_length, self.dtype = name, nu, max_length or 0, dtype
         self.features = {
             "cosformer": 2 * key_dim,
@@ -71,6 +73,7 @@ class FeatureMap(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T H K"], positions: Positions) -> Float[Array, "B T H F"]:
         x = x.astype(jnp.float32)
+        each = lambda weight: jnp.broadcast_to(weight[...], (x.shape[2], *weight.shape[1:]))  # noqa: E731
         match self.name:
             case "elu":
                 y = feature_maps.elu_plus_one(x)
@@ -85,14 +88,14 @@ class FeatureMap(nnx.Module):
             case "dpfp":
                 y = feature_maps.dpfp(x, self.nu)
             case "hedgehog":
-                y = feature_maps.hedgehog(x, self.weight[...])
+                y = feature_maps.hedgehog(x, each(self.weight))
             case "t2r":
-                y = feature_maps.t2r(x, self.weight[...], self.bias[...])
+                y = feature_maps.t2r(x, each(self.weight), each(self.bias))
             case "elementwise_product":
-                weights = (self.weight[...], self.bias[...], self.other_weight[...], self.other_bias[...])
-                y = feature_maps.elementwise_product(x, *weights)
+                weights = (self.weight, self.bias, self.other_weight, self.other_bias)
+                y = feature_maps.elementwise_product(x, *map(each, weights))
             case "rebased":
-                y = feature_maps.rebased(x, self.gamma[...], self.beta[...])
+                y = feature_maps.rebased(x, each(self.gamma), each(self.beta))
             case _:
                 y = x
         return y.astype(self.dtype)

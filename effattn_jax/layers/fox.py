@@ -50,6 +50,7 @@ class ForgettingAttention(nnx.Module):
       qk_norm: RMSNorm over each head of q and (shifted) k.
       output_norm: RMSNorm over each head of o.
       output_gate: sigmoid(W_gate x) * o, after the norm.
+      bias: of the projections of q, k and v.
       norm_eps: eps of the norms.
     """
 
@@ -64,6 +65,7 @@ class ForgettingAttention(nnx.Module):
         qk_norm: bool = False,
         output_norm: bool = False,
         output_gate: bool = False,
+        bias: bool = False,
         norm_eps: float = 1e-6,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -78,9 +80,9 @@ class ForgettingAttention(nnx.Module):
         inner, kv_dim = heads * head_dim, kv_heads * head_dim
 
         into: dict[str, Any] = {"axes": ("embed", "heads"), "dtype": dtype, "rngs": rngs}
-        self.q_proj = Projection(dim, inner, **into)
-        self.k_proj = Projection(dim, kv_dim, **into)
-        self.v_proj = Projection(dim, kv_dim, **into)
+        self.q_proj = Projection(dim, inner, bias=bias, **into)
+        self.k_proj = Projection(dim, kv_dim, bias=bias, **into)
+        self.v_proj = Projection(dim, kv_dim, bias=bias, **into)
         self.forget_proj = Projection(dim, heads, bias=True, **into)
         self.k_shift_proj = Projection(dim, kv_heads, **into) if kv_shift else None
         self.v_shift_proj = Projection(dim, kv_heads, **into) if kv_shift else None

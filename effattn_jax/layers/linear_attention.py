@@ -44,6 +44,7 @@ class LinearAttention(nnx.Module):
       key_dim, value_dim: K and V of a head; None means D / H.
       feature_map: a name of the list above.
       tie_feature_map: queries and keys share the weights of the map.
+      share_feature_map: all heads share the weights of the map (flash-linear-attention).
       feature_dim: F of the maps "hedgehog" (which has 2 F features), "t2r" and "elementwise_product"; None means K.
       nu: of "dpfp", which has 2 K nu features.
       max_length: of "cosformer", M, fixed for training and decoding: the most tokens of a document.
@@ -64,6 +65,7 @@ class LinearAttention(nnx.Module):
         value_dim: int | None = None,
         feature_map: str = "elu",
         tie_feature_map: bool = False,
+        share_feature_map: bool = False,
         feature_dim: int | None = None,
         nu: int = 1,
         max_length: int | None = None,
@@ -100,6 +102,7 @@ class LinearAttention(nnx.Module):
                 feature_dim=feature_dim,
                 nu=nu,
                 max_length=max_length,
+                shared=share_feature_map,
                 dtype=dtype,
                 rngs=rngs,
             )

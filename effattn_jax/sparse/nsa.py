@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation
@@ -80,6 +81,7 @@ def nsa(
     init_blocks: int = 1,
     local_blocks: int = 2,
     window: int = 512,
+    lists: Int[np.ndarray, "n topk"] | None = None,
     segment_ids: Int[Array, "B M"] | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
@@ -108,6 +110,7 @@ def nsa(
       kernel_size, kernel_stride: l and s; s divides l and block_size.
       block_size, topk, init_blocks, local_blocks: of the selection; topk counts the forced blocks.
       window: visible keys of the window's branch.
+      lists: [n, topk] blocks that queries of block 0, 1, ... read, in place of the choice; -1 for none.
       segment_ids: [B, M] documents of packed rows; windows and blocks are counted from each document's first token.
         Negative ids are padding.
       scale: factor on the logits; None means K**-0.5.
@@ -121,8 +124,11 @@ def nsa(
     """
     sizes = Sizes(kernel_size, kernel_stride, block_size)
     check_nsa(q, compressed, selected, recent, gates, sizes, window, scale)
-    check_budget(topk, init_blocks, local_blocks)
     length, keys = q.shape[1], selected.k.shape[1]
+    if lists is None:
+        check_budget(topk, init_blocks, local_blocks)
+    else:
+        checks.check_shape("lists", lists, (-(-keys // block_size), topk), "[n, topk]")
     if keys < length:
         checks.fail("selected", f"{keys} tokens", f"at least the {length} of q, which are the last of them")
     for name, branch in (("compressed", compressed), ("recent", recent)):
@@ -139,10 +145,11 @@ def nsa(
             segment_ids=segment_ids,
         )
     clean = q if segment_ids is None else real_only(q, jnp.asarray(segment_ids)[:, keys - length :])
-    out, lists = compressed_branch(
+    place = places(length, keys, segment_ids)
+    out, chosen = compressed_branch(
         clean,
         compressed,
-        places(length, keys, segment_ids),
+        place,
         sizes,
         blocks=-(-keys // block_size),
         scale=scale,
@@ -150,10 +157,13 @@ def nsa(
         init_blocks=init_blocks,
         local_blocks=local_blocks,
     )
+    if lists is not None:
+        given = jnp.asarray(lists, jnp.int32)[jnp.maximum(place.relative, 0) // block_size]
+        chosen = jnp.broadcast_to(given[:, :, None], chosen.shape)
     of_blocks, _ = block_attention(
         q,
         *selected,
-        lists,
+        chosen,
         block_size=block_size,
         segment_ids=segment_ids,
         scale=scale,

@@ -19,6 +19,9 @@ RECORDS = {
     "linear_attention_dpfp": _linear(feature_map="dpfp", nu=6, heads=1, kv_heads=1),
     "linear_attention_rebased": _linear(feature_map="rebased"),
     "linear_attention_product": _linear(feature_map="elementwise_product", normalise=False, output_norm=True),
+    "linear_attention_shared_product": _linear(
+        feature_map="elementwise_product", share_feature_map=True, normalise=False, scale=None
+    ),
     "performer": Record(Performer, HEADS | {"features": 6}),
     # of the sizes with no kink of relu between the ends of the differences
     "performer_relu": Record(Performer, HEADS | {"kernel": "relu", "features": 24, "scaling": "sqrt"}, slow=True),

@@ -1,4 +1,4 @@
-from effattn_jax.layers import DSA, NSA, InfLLM2, MoBA
+from effattn_jax.layers import DSA, NSA, InfLLM2, MoBA, SharedNSA
 from tests.layers.records.record import Record
 
 ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 4}
@@ -9,6 +9,10 @@ RECORDS = {
     "nsa": Record(NSA, ATTENTION | WINDOWS | {"topk": 3, "local_blocks": 1, "window": 3}, chooses=True),
     "nsa_mean": Record(
         NSA, ATTENTION | WINDOWS | {"topk": 3, "window": 3, "mean": True, "qk_norm": True}, slow=True, chooses=True
+    ),
+    "nsa_shared": Record(SharedNSA, ATTENTION | {"block_size": 2, "topk": 4, "window": 3}, slow=True, chooses=True),
+    "nsa_shared_few": Record(
+        SharedNSA, ATTENTION | {"block_size": 4, "topk": 2, "window": 3, "bias": True}, slow=True, chooses=True
     ),
     "infllm2": Record(InfLLM2, ATTENTION | WINDOWS | {"topk": 2, "window": 2, "dense_len": 0}, chooses=True),
     "dsa": Record(
