@@ -16,12 +16,31 @@ TOLERANCE = 1e-4  # absolute, of logits with a deviation of about 1.5
 DECAYS = r".*(slope_rate|_decay)"
 MODELS = {
     "falcon_mamba": {},
+    "fla_comba": {"slow": True},
+    "fla_delta_net": {"slow": True},
+    "fla_delta_net_gate_neg": {"slow": True},
+    "fla_forgetting_transformer": {"slow": True},
+    "fla_gated_deltanet": {"slow": True},
+    "fla_gated_deltanet_gva": {"slow": True},
+    "fla_gated_deltaproduct": {"slow": True},
+    "fla_gla": {"slow": True},
+    "fla_gla_gqa_conv": {},
+    "fla_hgrn": {"slow": True},
+    "fla_hgrn2": {"slow": True},
+    "fla_kda": {"slow": True},
+    "fla_linear_attn": {"slow": True},
+    "fla_nsa": {},
+    "fla_path_attn": {"long_tolerance": 1e-3, "slow": True},
+    "fla_retnet": {"slow": True},
+    "fla_rwkv6": {"slow": True},
+    "fla_rwkv7": {},
     "gemma3_text": {},
     "gpt_oss": {},
     "jamba": {},
     "kimi_linear": {},
     "mamba": {},
     "mamba2_codestral": {},
+    "minicpm3": {},
     "minicpm4_dense": {},
     "minicpm4_longrope": {},
     "minimax_text01": {"computed": DECAYS},
@@ -38,12 +57,14 @@ MODELS = {
     "ttt_mlp_mamba_backbone": {},
 }
 """Fixtures, with what is known to differ: `tolerance`, `dropped`, tensors of the file that hold nothing, and
-`computed`, a pattern of tensors that follow from the config and are written to rounding."""
+`computed`, a pattern of tensors that follow from the config and are written to rounding; `long_tolerance`, of long rows
+from token 64 on, where the public kernel rounds what it carries between blocks; `slow`, where a relative is quick."""
 
 LONG = [name for name in MODELS if name.startswith("fla_")]
+CASES = [pytest.param(n, marks=[pytest.mark.slow] if known.get("slow") else []) for n, known in MODELS.items()]
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=str)
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def name(request):
     return request.param
 
@@ -71,7 +92,10 @@ def test_logits(name, model):
 def test_logits_of_a_long_row(name, model):
     """83 tokens: other kernels of the public implementation."""
     io = fixture(name).io
-    np.testing.assert_allclose(forward(model, io["long_ids"]), io["long_logits"], atol=tolerance(name), rtol=0)
+    got, want = forward(model, io["long_ids"]), io["long_logits"]
+    np.testing.assert_allclose(got[:, :64], want[:, :64], atol=tolerance(name), rtol=0)
+    atol = MODELS[name].get("long_tolerance", tolerance(name))
+    np.testing.assert_allclose(got[:, 64:], want[:, 64:], atol=atol, rtol=0)
 
 
 def test_greedy_continuation(name, model):

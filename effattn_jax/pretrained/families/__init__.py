@@ -1,6 +1,21 @@
 """The families of published models, a file each, by the `model_type` of their config.json."""
 
 from effattn_jax.pretrained.families import (
+    fla_comba,
+    fla_delta_net,
+    fla_forgetting_transformer,
+    fla_gated_deltanet,
+    fla_gated_deltaproduct,
+    fla_gla,
+    fla_hgrn,
+    fla_hgrn2,
+    fla_kda,
+    fla_linear_attn,
+    fla_nsa,
+    fla_path_attn,
+    fla_retnet,
+    fla_rwkv6,
+    fla_rwkv7,
     gemma3,
     gpt_oss,
     jamba,
@@ -20,6 +35,21 @@ from effattn_jax.pretrained.families import (
 from effattn_jax.pretrained.family import Family
 
 MODULES = (
+    fla_comba,
+    fla_delta_net,
+    fla_forgetting_transformer,
+    fla_gated_deltanet,
+    fla_gated_deltaproduct,
+    fla_gla,
+    fla_hgrn,
+    fla_hgrn2,
+    fla_kda,
+    fla_linear_attn,
+    fla_nsa,
+    fla_path_attn,
+    fla_retnet,
+    fla_rwkv6,
+    fla_rwkv7,
     gemma3,
     gpt_oss,
     jamba,
