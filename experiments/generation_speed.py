@@ -39,6 +39,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     print(f"in float32, decoding agrees with full forward passes on {agreement:.0%} of greedy tokens")
     print(f"{'batch':>6}{'context':>9}{'prefill tok/s':>15}{'decode tok/s':>14}{'ms a token':>12}{'peak memory':>13}")
     rows = []
+    os.makedirs(workdir, exist_ok=True)
     for context in map(int, CONTEXTS.value):
         for batch in map(int, BATCHES.value):
             row = measure(model, batch, context, TOKENS.value, CHUNK.value)
@@ -49,10 +50,9 @@ def main(config: ConfigDict, workdir: str) -> None:
                 f"{row['decode_tokens_per_second']:>14,.0f}{row['milliseconds_per_token']:>12.3f}{peak:>13}",
                 flush=True,
             )
-    os.makedirs(workdir, exist_ok=True)
-    with open(os.path.join(workdir, "generation_speed.json"), "w") as file:
-        table = {"device": device, "jax": jax.__version__, "greedy_agreement": agreement, "rows": rows}
-        json.dump(table, file, indent=1)
+            with open(os.path.join(workdir, "generation_speed.json"), "w") as file:  # anew after every row
+                table = {"device": device, "jax": jax.__version__, "greedy_agreement": agreement, "rows": rows}
+                json.dump(table, file, indent=1)
 
 
 def check(model: LanguageModel, length: int = 96, tokens: int = 32) -> float:
