@@ -48,13 +48,13 @@ MODELS = {
     "mistral_swa": {},
     "qwen3_next": {},
     "recurrent_gemma": {},
-    "rwkv5": {},
-    "rwkv6": {},
+    "rwkv5": {"slow": True},
+    "rwkv6": {"slow": True},
     "rwkv7": {},
-    "ttt_linear": {},
+    "ttt_linear": {"slow": True},
     "ttt_linear_mamba_backbone": {},
-    "ttt_mlp": {},
-    "ttt_mlp_mamba_backbone": {},
+    "ttt_mlp": {"slow": True},
+    "ttt_mlp_mamba_backbone": {"slow": True},
 }
 """Fixtures, with what is known to differ: `tolerance`, `dropped`, tensors of the file that hold nothing, and
 `computed`, a pattern of tensors that follow from the config and are written to rounding; `long_tolerance`, of long rows

@@ -80,6 +80,21 @@ def test_tensors_of_the_first_layer_without_effect(tmp_path):
     assert header(tmp_path / "out") == fixture("rwkv7").tensors
 
 
+def test_a_tensor_that_lies_turned(tmp_path):
+    """Column by column, and one number for all channels."""
+    given = tensors("rwkv7")
+    key, row = "blocks.1.att.key.weight", "blocks.2.att.x_k"
+    given[row] = np.full_like(given[row], 0.25)
+    items, data = {}, []
+    for i, (name, x) in enumerate(given.items()):
+        kept = {key: x.T, row: x[..., :1]}.get(name, x)
+        strides = {key: (1, 48), row: (0, 0, 0)}.get(name, pth.strides(x.shape))
+        items[name] = pth.tensor(pth.storage("FloatStorage", str(i), kept.size), 0, x.shape, strides)
+        data.append(np.ascontiguousarray(kept))
+    turned = load(pth.archive(tmp_path / "turned.pth", pth.pickle(pth.dictionary(items)), data))
+    assert_same(turned, load(pth.write(tmp_path / "x.pth", given)))
+
+
 def test_other_tensors_without_a_use_are_refused(tmp_path):
     extra = {"blocks.0.att.v3": np.zeros(1, np.float32), "blocks.1.att.e0": np.zeros(1, np.float32)}
     with pytest.raises(ValueError, match=r"2 unknown: blocks\.0\.att\.v3, blocks\.1\.att\.e0; needs"):

@@ -16,6 +16,7 @@ ROWS_OF_HEADS = shaped(lambda shape: (shape[0], 1, shape[1]))
 """[H, K] as [H, 1, K]."""
 
 BACKBONE = ("share_qk", "use_gate")
+KINDS = ("linear", "mlp")
 
 
 def blocks(config: Config) -> Sequence[str]:
@@ -27,8 +28,10 @@ def blocks(config: Config) -> Sequence[str]:
 def options(config: Config) -> dict[str, Any]:
     """
     Raises:
-      ValueError: only one of the two things that make the Mamba backbone; another activation.
+      ValueError: only one of the two things that make the Mamba backbone; another activation or kind of layer.
     """
+    if config["ttt_layer_type"] not in KINDS:
+        checks.fail("ttt_layer_type", repr(config["ttt_layer_type"]), " or ".join(KINDS))
     if config.get("share_qk", False) != config.get("use_gate", False):
         got = ", ".join(f"{name} {config.get(name, False)}" for name in BACKBONE)
         checks.fail("config.json", got, "both (the Mamba backbone) or neither")
