@@ -79,10 +79,12 @@ def main(config: ConfigDict, workdir: str) -> None:
     print(f"{MIXER.value} in blocks {replaced} of {count}; {share:.1%} of {total:,} numbers are the teacher's")
 
     rows: list[dict[str, Any]] = []
+    path = os.path.join(OUTPUT.value, "convert.json")  # anew after every row
 
     def told(name: str, model: Model) -> None:
         rows.append({"model": name, "bits_per_byte": bits_per_byte(config, tokenizer, model)})
         print(f"held out, {name}: {rows[-1]['bits_per_byte']:.4f} bits per byte", flush=True)
+        write_report(path, "experiments.convert", rows, replaced=replaced, blocks=count, reused=share)
 
     fit = lambda parameters, *how: fitted(config, tokenizer, teacher, (plan, parameters), *how)  # noqa: E731
     told("teacher", teacher)
@@ -97,8 +99,6 @@ def main(config: ConfigDict, workdir: str) -> None:
         control, steps = again(new=replaced)[0], TRANSFER_STEPS.value + DISTIL_STEPS.value
         control = fit(control, distillation_loss, steps, "control")
         told("control: new mixers from nothing, distillation alone", (plan, control))
-    path = os.path.join(OUTPUT.value, "convert.json")
-    write_report(path, "experiments.convert", rows, replaced=replaced, blocks=count, reused=share)
     print(f"--config=configs/run.py:{OUTPUT.value} --workdir={OUTPUT.value} names the student; {path}")
 
 

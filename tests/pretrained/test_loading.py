@@ -54,7 +54,8 @@ def test_the_host_holds_one_tensor_at_a_time(shards):
     assert measured["on_first_device"] < 1.05 * measured["parameters"] / 8
 
 
-@pytest.mark.parametrize("name", ["mistral_swa", "jamba"])
+@pytest.mark.parametrize("name", ["jamba", "mistral_swa"])
+@pytest.mark.quick_cases(1)
 def test_a_mesh_holds_what_one_device_holds(name):
     """Stacked parameters, experts and convolutions, cut along both axes."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4])
