@@ -28,11 +28,11 @@ def mixer(config: Config) -> dict[str, Any]:
         "heads": config["num_heads"],
         "kv_heads": config["num_kv_heads"],
         "head_dim": config["head_dim"],
-        "bias": config["qkv_bias"],
         "rope_theta": config["rope_theta"],
         "block_size": config["block_size"],
         "topk": 1 << (config["block_counts"] - 1).bit_length(),
         "window": config["window_size"],
+        **({"bias": True} if config["qkv_bias"] else {}),
     }
 
 

@@ -11,9 +11,7 @@ RECORDS = {
         NSA, ATTENTION | WINDOWS | {"topk": 3, "window": 3, "mean": True, "qk_norm": True}, slow=True, chooses=True
     ),
     "nsa_shared": Record(SharedNSA, ATTENTION | {"block_size": 2, "topk": 4, "window": 3}, slow=True, chooses=True),
-    "nsa_shared_few": Record(
-        SharedNSA, ATTENTION | {"block_size": 4, "topk": 2, "window": 3, "bias": True}, slow=True, chooses=True
-    ),
+    "nsa_shared_few": Record(SharedNSA, ATTENTION | {"block_size": 4, "topk": 2, "window": 3}, slow=True, chooses=True),
     "infllm2": Record(InfLLM2, ATTENTION | WINDOWS | {"topk": 2, "window": 2, "dense_len": 0}, chooses=True),
     "dsa": Record(
         DSA,
