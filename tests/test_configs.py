@@ -4,15 +4,24 @@ import importlib
 import math
 
 import pytest
+from flax import nnx
 
+from configs import character_ai_350m
 from configs.common import base
+from effattn_jax.models import sizes
 from effattn_jax.models.blueprint import blueprint
 from effattn_jax.training.setup import model_maker
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("quickstart", 1.5e6), ("hybrid_125m", 125e6), ("hybrid_350m", 350e6), ("hybrid_1b3", 1.3e9)],
+    [
+        ("quickstart", 1.5e6),
+        ("hybrid_125m", 125e6),
+        ("hybrid_350m", 350e6),
+        ("character_ai_350m", 350e6),
+        ("hybrid_1b3", 1.3e9),
+    ],
 )
 def test_config_builds_a_model_of_its_size(name, parameters):
     module = importlib.import_module(f"configs.{name}")
@@ -24,3 +33,11 @@ def test_config_builds_a_model_of_its_size(name, parameters):
         assert part in config
         if part not in ("seed", "model"):
             assert fields.keys() == config[part].keys()
+
+
+def test_the_cache_of_character_ai():
+    """Nine layers of 24 with one key head in int8, eight of them over a window: 268 bytes a token, scales included."""
+    length = 32_768
+    model = nnx.eval_shape(model_maker(character_ai_350m.get_config(), 258))
+    assert sizes(model, length).cache_bytes == 268 * (length + 8 * 1024) + 9 * (4 + 4)
+    assert sum(times for times, _ in model.parts()) == 24

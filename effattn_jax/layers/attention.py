@@ -1,6 +1,5 @@
 """Softmax attention with grouped key heads, rotary positions, an optional window, learned sinks and query-key norms."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,87 +8,66 @@ from flax import nnx
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation
-from effattn_jax.layers.norms import NORMS
+from effattn_jax.layers.heads import Heads
 from effattn_jax.layers.projection import Projection
-from effattn_jax.layers.rope import rope
-from effattn_jax.layers.rope_scaling import RopeScaling
-from effattn_jax.sparse import KVCache, attention, cached_attention, init_cache
-from effattn_jax.typing import Hidden, Positions, SegmentIds
+from effattn_jax.layers.shared_keys import SharedKeys
+from effattn_jax.sparse import KVCache, init_cache
+from effattn_jax.sparse.cache import append
+from effattn_jax.sparse.readable import Readable, Row
+from effattn_jax.typing import Array, Float, Hidden, Positions, SegmentIds
 
 
-class Attention(nnx.Module):
+class Attention(Heads):
     """softmax(scale * rope(norm(q)) rope(norm(k))^T + mask) v, with H query heads that share G key/value heads.
 
-    Grouped heads: Ainslie et al. 2023, arXiv:2305.13245. Window: each token sees the last `window` tokens, itself
-    included (Mistral, arXiv:2310.06825). Sinks: one learned logit per head in the denominator (gpt-oss). Query-key
-    norm: RMSNorm over each head before the rotation (Dehghani et al. 2023, arXiv:2302.05442; Gemma 3).
+    Window: each token sees the last `window` tokens, itself included (Mistral, arXiv:2310.06825). Sinks: one learned
+    logit per head in the denominator (gpt-oss).
 
     Args:
-      dim, heads, kv_heads, head_dim: D, H, G (None: H) and K = V (None: D / H).
-      qk_norm: True, or the name of a norm of `effattn_jax.layers.norms.NORMS`.
+      dim, heads, kv_heads, head_dim, qk_norm, rope_theta, rope_fraction, rope_scaling, bias, out_bias, norm_eps, dtype:
+        see `Heads`.
       scale: of the scores; None is K^-1/2.
-      rope_theta, rope_fraction, rope_scaling: of the rotation, see `rope`; without theta there is none.
-      bias, out_bias: biases of the projections of q, k and v; of the output's.
       gate: the output is multiplied by sigmoid(W_gate x), channel by channel, before its projection (Qwen3-Next).
+      logits_soft_cap: c, the scores are c tanh(scores / c) (Gemma 2).
+      own_keys: False: it reads the keys and values of a layer below, see `with_keys`, and has no state.
+      cache_dtype: "int8" rounds the keys and values of a state, see `init_cache`; None keeps them as they are computed.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        heads: int,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
         window: int | None = None,
         sinks: bool = False,
-        qk_norm: bool | str = False,
         scale: float | None = None,
-        rope_theta: float | None = 10_000.0,
-        rope_fraction: float = 1.0,
-        rope_scaling: RopeScaling | Mapping[str, Any] | None = None,
-        bias: bool = False,
-        out_bias: bool = False,
         gate: bool = False,
         logits_soft_cap: float | None = None,
-        norm_eps: float = 1e-6,
-        dtype: Any = jnp.float32,
+        own_keys: bool = True,
+        cache_dtype: str | None = None,
         implementation: Implementation = None,
         rngs: nnx.Rngs,
+        **heads: Any,
     ):
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1:
-            checks.fail("heads", heads, "at least 1")
-        checks.check_head_groups("kv_heads", kv_heads, "the queries", heads)
-        if head_dim is None and dim % heads:
-            checks.fail("heads", heads, f"a divisor of dim = {dim}, or head_dim")
+        super().__init__(dim, own_keys=own_keys, rngs=rngs, **heads)
         if window is not None and window < 1:
             checks.fail("window", window, "None or at least 1 key")
-        head_dim = dim // heads if head_dim is None else head_dim
-        rotated = int(head_dim * rope_fraction)
-        if rope_theta is not None and (not 2 <= rotated <= head_dim or rotated % 2):
-            checks.fail("rope_fraction", f"{rope_fraction} of head_dim {head_dim}", "an even number of channels")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.window, self.rope_theta, self.rope_fraction = window, rope_theta, rope_fraction
-        self.scale, self.rope_scaling = scale, RopeScaling.of(rope_scaling)
-        self.logits_soft_cap, self.dtype, self.implementation = logits_soft_cap, dtype, implementation
-        qk_norm = "rms" if qk_norm is True else qk_norm
-        if qk_norm and qk_norm not in NORMS:
-            checks.fail("qk_norm", repr(qk_norm), f"True, False or one of {', '.join(sorted(NORMS))}")
+        if cache_dtype not in (None, "int8"):
+            checks.fail("cache_dtype", repr(cache_dtype), "None or 'int8'")
+        self.own_keys, self.cache_dtype = own_keys, cache_dtype
+        self.window, self.scale, self.logits_soft_cap = window, scale, logits_soft_cap
+        self.implementation = implementation
+        into: dict[str, Any] = {"bias": self.q_proj.bias is not None, "dtype": self.dtype, "rngs": rngs}
+        size = self.heads * self.head_dim
+        self.gate_proj = Projection(dim, size, ("embed", "heads"), **into) if gate else None
+        self.sinks = nnx.Param(jnp.zeros((self.heads,), jnp.float32), axes=("heads",)) if sinks else None
 
-        project = lambda size, bias=bias: Projection(  # noqa: E731
-            dim, size * head_dim, ("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs
-        )
-        self.q_proj, self.k_proj, self.v_proj = project(heads), project(kv_heads), project(kv_heads)
-        self.gate_proj = project(heads) if gate else None
-        self.out_proj = Projection(heads * head_dim, dim, ("heads", "embed"), bias=out_bias, dtype=dtype, rngs=rngs)
-        norm = lambda: NORMS[qk_norm](head_dim, eps=norm_eps, axis="head", dtype=dtype) if qk_norm else None  # noqa: E731
-        self.q_norm, self.k_norm = norm(), norm()
-        self.sinks = nnx.Param(jnp.zeros((heads,), jnp.float32), axes=("heads",)) if sinks else None
-
-    def init_state(self, batch_size: int, max_length: int) -> KVCache:
-        """A cache of `max_length` tokens; with a window, a ring of that many."""
+    def init_state(self, batch_size: int, max_length: int) -> KVCache | tuple[()]:
+        """A cache of `max_length` tokens; with a window, a ring of that many. Nothing without keys of its own."""
+        if not self.own_keys:
+            return ()
         capacity = max_length if self.window is None else self.window
-        return init_cache(batch_size, capacity, self.kv_heads, self.head_dim, dtype=self.dtype)
+        dtype = jnp.int8 if self.cache_dtype == "int8" else self.dtype
+        return init_cache(batch_size, capacity, self.kv_heads, self.head_dim, dtype=dtype)
 
     def mixing_flops(self, length: int) -> float:
         """Floating-point operations a token needs beside the projections, on average over a causal row."""
@@ -105,34 +83,43 @@ class Attention(nnx.Module):
         positions: Positions | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """`positions` [B, T] turn queries and keys; None counts on from the tokens in the cache."""
-        batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope_theta is not None:
-            if positions is None:
-                positions = (0 if state is None else state.length) + jnp.arange(length)[None]
-            turn: dict[str, Any] = {
-                "theta": self.rope_theta,
-                "fraction": self.rope_fraction,
-                "scaling": self.rope_scaling,
-            }
-            q, k = rope(q, positions, **turn), rope(k, positions, **turn)
-        options: dict[str, Any] = {
-            "scale": self.scale,
-            "window": self.window,
-            "sinks": None if self.sinks is None else self.sinks[...],
-            "segment_ids": segment_ids,
-            "logits_soft_cap": self.logits_soft_cap,
-            "implementation": self.implementation,
-        }
-        if state is None:
-            out, new_state = attention(q, k, v, **options), None
-        else:
-            out, new_state = cached_attention(q, k, v, state, **options)
-        out = out.reshape(batch, length, self.heads * self.head_dim)
-        if self.gate_proj is not None:
-            out *= jax.nn.sigmoid(self.gate_proj(x))
-        return self.out_proj(out), new_state
+        y, state, _ = self.with_keys(x, state, None, segment_ids=segment_ids, positions=positions)
+        return y, state
+
+    def with_keys(
+        self,
+        x: Hidden,
+        state: Any,
+        given: SharedKeys | None,
+        *,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> tuple[Hidden, Any, SharedKeys]:
+        """The same, and what it reads, which a layer above without keys of its own is `given`."""
+        if self.own_keys:
+            given, state = self._own(x, state, segment_ids, positions)
+        elif given is None:
+            checks.fail("own_keys", False, "keys of a layer below: `kv_from` in a pattern, or `with_keys`")
+        out = given.readable.read(
+            self.rotated(self.queries(x), given.positions),
+            window=self.window,
+            sinks=None if self.sinks is None else self.sinks[...],
+            scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+            implementation=self.implementation,
+        )
+        return self.joined(self.gated(out, x)), state, given
+
+    def _own(
+        self, x: Hidden, state: Any, segment_ids: SegmentIds | None, positions: Positions | None
+    ) -> tuple[SharedKeys, Any]:
+        if positions is None:
+            positions = (0 if state is None else state.length) + jnp.arange(x.shape[1])[None]
+        k, v = self.rotated(self.keys(x), positions), self.values(x)
+        readable: Readable = Row(k, v, segment_ids)
+        if state is not None:
+            readable, state = append(k, v, state, window=self.window, segment_ids=segment_ids)
+        return SharedKeys(readable, positions), state
+
+    def gated(self, out: Float[Array, "B T H V"], x: Hidden) -> Float[Array, "B T H V"]:
+        return out if self.gate_proj is None else out * jax.nn.sigmoid(self.by_head(self.gate_proj(x)))

@@ -71,10 +71,10 @@ class NSA(RoutedAttention):
 
     def remember(self, x: Hidden, positions: Positions) -> tuple[Array, ...]:
         return (
-            self.key(self.compressed_k_proj(x), None),
+            self.normed_key(self.compressed_k_proj(x)),
             self.by_head(self.compressed_v_proj(x)),
             *super().remember(x, positions),
-            self.key(self.near_k_proj(x), positions),
+            self.rotated(self.normed_key(self.near_k_proj(x)), positions),
             self.by_head(self.near_v_proj(x)),
             jnp.broadcast_to(positions, x.shape[:2]).astype(jnp.int32),
         )

@@ -9,9 +9,7 @@ from flax import nnx
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation
 from effattn_jax.layers.documents import new_document, no_document
-from effattn_jax.layers.projection import Projection
-from effattn_jax.layers.rms_norm import RMSNorm
-from effattn_jax.layers.rope import rope
+from effattn_jax.layers.heads import Heads
 from effattn_jax.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
 
@@ -24,7 +22,7 @@ class RoutedState(NamedTuple):
     document: Int[Array, " B"]
 
 
-class RoutedAttention(nnx.Module):
+class RoutedAttention(Heads):
     """y = W_out read(q, what is remembered), with projections, norms and rotations as in `Attention`.
 
     A token is remembered by its rotated key and its value, and by what `remember` adds. Blocks are counted from the
@@ -32,66 +30,23 @@ class RoutedAttention(nnx.Module):
     is remembered, for its selector too; the caches of `effattn_jax.sparse` (`cached_moba`, ...) keep that part.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        qk_norm: bool = False,
-        rope_theta: float | None = 10_000.0,
-        norm_eps: float = 1e-6,
-        dtype: Any = jnp.float32,
-        implementation: Implementation = None,
-        rngs: nnx.Rngs,
-    ):
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1:
-            checks.fail("heads", heads, "at least 1")
-        checks.check_head_groups("kv_heads", kv_heads, "the queries", heads)
-        if head_dim is None and dim % heads:
-            checks.fail("heads", heads, f"a divisor of dim = {dim}, or head_dim")
-        head_dim = dim // heads if head_dim is None else head_dim
-        if rope_theta is not None and head_dim % 2:
-            checks.fail("head_dim", head_dim, "an even number of channels, or rope_theta None")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.rope_theta, self.dtype, self.implementation = rope_theta, dtype, implementation
-        into: dict[str, Any] = {"axes": ("embed", "heads"), "dtype": dtype, "rngs": rngs}
-        self.q_proj = Projection(dim, heads * head_dim, **into)
-        self.k_proj = Projection(dim, kv_heads * head_dim, **into)
-        self.v_proj = Projection(dim, kv_heads * head_dim, **into)
-        self.out_proj = Projection(heads * head_dim, dim, ("heads", "embed"), dtype=dtype, rngs=rngs)
-        norm: dict[str, Any] = {"eps": norm_eps, "axis": "head", "dtype": dtype}
-        self.q_norm = RMSNorm(head_dim, **norm) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, **norm) if qk_norm else None
+    def __init__(self, dim: int, *, implementation: Implementation = None, rngs: nnx.Rngs, **heads: Any):
+        super().__init__(dim, rngs=rngs, **heads)
+        self.implementation = implementation
 
     def remember(self, x: Hidden, positions: Positions) -> tuple[Float[Array, "B T ..."], ...]:
         """Keys, values, and what else `read` needs of every token."""
-        return self.key(self.k_proj(x), positions), self.by_head(self.v_proj(x))
+        return self.rotated(self.keys(x), positions), self.values(x)
 
     def ask(self, x: Hidden, positions: Positions) -> tuple[Float[Array, "B T ..."], ...]:
         """Queries, and what else `read` needs of the new tokens."""
-        q = self.by_head(self.q_proj(x))
-        return (self.rotated(q if self.q_norm is None else self.q_norm(q), positions),)
+        return (self.rotated(self.queries(x), positions),)
 
     def read(
         self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Int[Array, "B M"] | None
     ) -> Float[Array, "B T H V"]:
         """What the last T of M tokens read."""
         raise NotImplementedError
-
-    def by_head(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
-
-    def key(self, k: Float[Array, "B T GK"], positions: Positions | None) -> Float[Array, "B T G K"]:
-        """Normed, and rotated where there are positions."""
-        k = self.by_head(k)
-        k = k if self.k_norm is None else self.k_norm(k)
-        return k if positions is None else self.rotated(k, positions)
-
-    def rotated(self, x: Float[Array, "B T H K"], positions: Positions) -> Float[Array, "B T H K"]:
-        return x if self.rope_theta is None else rope(x, positions, theta=self.rope_theta)
 
     def init_state(self, batch_size: int, max_length: int) -> RoutedState:
         """Of `max_length` tokens."""
@@ -123,7 +78,7 @@ class RoutedAttention(nnx.Module):
         asked, new = self.ask(x, positions), self.remember(x, positions)
         if state is None and segment_ids is None:
             out = self.read(asked, new, None)
-            return self.out_proj(out.reshape(batch, length, -1)), None
+            return self.joined(out), None
 
         document = None if state is None else new_document(state.document, segment_ids)
         if segment_ids is None and document is not None:
@@ -142,7 +97,7 @@ class RoutedAttention(nnx.Module):
             slots = state.segment_ids.shape[1]
             last = tuple(y[:, y.shape[1] - slots :] for y in new)
             state = RoutedState(last, kept[:, kept.shape[1] - slots :], state.length + length, document)
-        return self.out_proj(out.reshape(batch, length, -1)), state
+        return self.joined(out), state
 
 
 def _padding_first(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

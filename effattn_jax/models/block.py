@@ -9,8 +9,8 @@ from flax import nnx
 
 from effattn_jax import checks
 from effattn_jax.layers import FEED_FORWARDS, MIXERS
-from effattn_jax.layers.first_value import FirstValue
 from effattn_jax.layers.norms import NORMS
+from effattn_jax.models.handed import Handed
 from effattn_jax.models.residual import Residual
 from effattn_jax.typing import Array, Hidden, Positions, SegmentIds
 
@@ -27,6 +27,8 @@ class Block(nnx.Module):
       norm: a name of `effattn_jax.layers.norms.NORMS`.
       post_norm: norms after the mixer and the feed-forward layer too, before they join the stream (Gemma 2 and 3).
       residual, mlp_residual: how the two join the stream, see `Residual`.
+      kv_from: the mixer has no keys and values of its own: in a stack it reads those of the layer of that name.
+      kv_name: the name under which others read this one's.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Block(nnx.Module):
         post_norm: bool = False,
         residual: Residual | Mapping[str, Any] | None = None,
         mlp_residual: Residual | Mapping[str, Any] | None = None,
+        kv_from: str | None = None,
+        kv_name: str | None = None,
         layer_index: int | Array = 0,
         layer_count: int = 1,
         norm_eps: float = 1e-6,
@@ -51,6 +55,8 @@ class Block(nnx.Module):
         for argument, name, known in (("mixer", mixer, MIXERS), ("mlp", mlp, FEED_FORWARDS), ("norm", norm, NORMS)):
             if name not in known:
                 checks.fail(argument, repr(name), f"one of {', '.join(sorted(known))}")
+        self.kv_from, self.kv_name = kv_from, kv_name
+        options = options if kv_from is None else {**options, "own_keys": False}
         place = {"layer_index": layer_index, "layer_count": layer_count}
         make_norm = lambda wanted: NORMS[norm](dim, eps=norm_eps, dtype=dtype) if wanted else None  # noqa: E731
         self.norm: Any = make_norm(True)
@@ -78,30 +84,34 @@ class Block(nnx.Module):
         segment_ids: SegmentIds | None = None,
         positions: Positions | None = None,
     ) -> tuple[Hidden, Any]:
-        x, state, _ = self.with_first_value(x, state, None, segment_ids=segment_ids, positions=positions)
+        x, state, _ = self.in_stack(x, state, Handed(), segment_ids=segment_ids, positions=positions)
         return x, state
 
-    def with_first_value(
+    def in_stack(
         self,
         x: Hidden,
         state: Any,
-        first: FirstValue | None,
+        handed: Handed,
         *,
         segment_ids: SegmentIds | None = None,
         positions: Positions | None = None,
-    ) -> tuple[Hidden, Any, FirstValue | None]:
-        """The block in a stack whose first layer's values go up to the others."""
+    ) -> tuple[Hidden, Any, Handed]:
+        """The block among others, with what those below hand up."""
         where = {"segment_ids": segment_ids, "positions": positions}
         stateful = self.mlp is not None and hasattr(self.mlp, "init_state")
         mixer_state, mlp_state = state if stateful and state is not None else (state, None)
         normed = self.norm(x)
+        first, keys = handed.first, None
         if hasattr(self.mixer, "with_first_value"):
             y, mixer_state, first = self.mixer.with_first_value(normed, mixer_state, first, **where)
+        elif self.kv_from is not None or self.kv_name is not None:
+            y, mixer_state, keys = self.mixer.with_keys(normed, mixer_state, handed.keys, **where)
         else:
             y, mixer_state = self.mixer(normed, mixer_state, **where)
+        handed = Handed(first, keys if self.kv_name is not None else None)
         x = self.residual(x, normed, y if self.post_norm is None else self.post_norm(y))
         if self.mlp is None or self.mlp_norm is None:
-            return x, mixer_state, first
+            return x, mixer_state, handed
         normed = self.mlp_norm(x)
         if stateful:
             y, mlp_state = self.mlp(normed, mlp_state, **where)
@@ -111,7 +121,7 @@ class Block(nnx.Module):
         return (
             self.mlp_residual(x, normed, y if self.mlp_post_norm is None else self.mlp_post_norm(y)),
             mixer_state,
-            first,
+            handed,
         )
 
 

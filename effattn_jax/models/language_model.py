@@ -11,26 +11,12 @@ from effattn_jax import checks
 from effattn_jax.layers import MIXERS, LayerNorm, Projection
 from effattn_jax.layers.first_value import FirstValue, no_first_value
 from effattn_jax.layers.norms import NORMS
+from effattn_jax.layers.shared_keys import SharedKeys
 from effattn_jax.models.activations import shard_batch
 from effattn_jax.models.block import Block
+from effattn_jax.models.key_sharing import KV_FROM, carried, check_key_sharing, read_names
+from effattn_jax.models.unit import Carry, Unit
 from effattn_jax.typing import Array, Float, Hidden, Logits, Positions, SegmentIds, Tokens
-
-
-class Unit(nnx.Module):
-    """One repetition of the pattern: blocks one after the other."""
-
-    def __init__(self, blocks: Sequence[Block]):
-        self.blocks = nnx.List(blocks)
-
-    def __call__(
-        self, x: Hidden, first: FirstValue | None, states: Any, remat: bool, **where: Any
-    ) -> tuple[Hidden, FirstValue | None, Any]:
-        new_states = []
-        for block, state in zip(self.blocks, states, strict=True):
-            call = lambda block, x, state, first: block.with_first_value(x, state, first, **where)  # noqa: E731
-            x, state, first = (jax.checkpoint(call) if remat else call)(block, shard_batch(x), state, first)
-            new_states.append(state)
-        return x, first, tuple(new_states)
 
 
 class StackState(NamedTuple):
@@ -41,7 +27,7 @@ class StackState(NamedTuple):
     after: tuple[Any, ...]
 
 
-BLOCK_OPTIONS = ("mlp_dim", "mlp", "mlp_options", "residual", "mlp_residual")
+BLOCK_OPTIONS = ("mlp_dim", "mlp", "mlp_options", "residual", "mlp_residual", KV_FROM)
 
 
 class LanguageModel(nnx.Module):
@@ -49,13 +35,21 @@ class LanguageModel(nnx.Module):
 
     The pattern is a sequence of names. A name stands for the options under it in `mixers`: those of the mixer, `kind`,
     a mixer of `effattn_jax.layers.MIXERS` (the name itself where it is left out), and those of its block alone:
-    `mlp_dim`, `mlp`, `mlp_options`, `residual`, `mlp_residual` (see `Block`). A mixer that is not there takes its
-    defaults. The pattern repeats `repeats` times, its parameters stacked along a leading axis: one `lax.scan` runs
-    them, so compile time does not grow with depth. The blocks of `before` and `after`, names too, run once.
+    `mlp_dim`, `mlp`, `mlp_options`, `residual`, `mlp_residual`, `kv_from` (see `Block`). A mixer that is not there
+    takes its defaults. The pattern repeats `repeats` times, its parameters stacked along a leading axis: one `lax.scan`
+    runs them, so compile time does not grow with depth. The blocks of `before` and `after`, names too, run once.
 
         LanguageModel(vocab_size=258, dim=256, mlp_dim=704, pattern=("mamba2", "mamba2", "local"), repeats=2,
                       mixers={"mamba2": {"state_dim": 64}, "local": {"kind": "attention", "heads": 4, "window": 128}},
                       rngs=nnx.Rngs(0))
+
+    `kv_from` names the layer whose keys and values this one reads: the nearest below it of that name, be it in the same
+    repetition, in the one before or in `before`. Of the two only that one has a cache. All global layers of a stack on
+    the keys of the first, and a local one in two on those of the other:
+
+        LanguageModel(before=("local", "near", "global"), pattern=("local", "near", "far"), repeats=3, ...,
+                      mixers={"local": local, "near": local | {"kv_from": "local"},
+                              "global": everywhere, "far": everywhere | {"kv_from": "global"}})
 
     Args:
       vocab_size: rows of the embedding.
@@ -106,6 +100,7 @@ class LanguageModel(nnx.Module):
             if name not in mixers and name not in MIXERS:
                 known = ", ".join(sorted({*mixers, *MIXERS}))
                 checks.fail("pattern", repr(name), f"a name under mixers, or of a mixer: {known}")
+        check_key_sharing(mixers, (*before, *pattern, *pattern, *after))
         if norm not in NORMS:
             checks.fail("norm", repr(norm), f"one of {', '.join(sorted(NORMS))}")
         self.source: Any = None  # a published config, see effattn_jax.pretrained
@@ -114,6 +109,8 @@ class LanguageModel(nnx.Module):
         of_all: dict[str, Any] = {"mlp_dim": mlp_dim, "mlp": mlp, "mlp_options": mlp_options}
         of_all |= {"residual": residual, "mlp_residual": mlp_residual}
         layer_count = len(before) + repeats * len(pattern) + len(after)
+        read = read_names(mixers, (*before, *pattern, *after))
+        self.carried = tuple(sorted(carried(mixers, pattern, after)))
 
         def unit(names: Sequence[str], first_layer: int | Array, rngs: nnx.Rngs) -> Unit:
             blocks = []
@@ -122,6 +119,7 @@ class LanguageModel(nnx.Module):
                 of_block = of_all | {key: options.pop(key) for key in BLOCK_OPTIONS if key in options}
                 place: dict[str, Any] = {"layer_index": first_layer + i, "layer_count": layer_count}
                 shared: dict[str, Any] = {
+                    "kv_name": name if name in read else None,
                     "norm": norm,
                     "post_norm": post_norm,
                     "norm_eps": norm_eps,
@@ -180,21 +178,38 @@ class LanguageModel(nnx.Module):
         graph, parameters = nnx.split(self.units)
         where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
 
-        def repetition(carry: tuple[Hidden, Any], layer: tuple[Any, Any]) -> tuple[tuple[Hidden, Any], Any]:
-            parameters, states = layer
-            x, first, states = nnx.merge(graph, parameters)(*carry, states, self.remat, **where)
-            return (x, first), states
-
-        first = self.first_value(x)
+        carry = Carry(x, self.first_value(x), {})
         if self.before is not None:
-            x, first, before = self.before(x, first, before, self.remat, **where)
-        (x, first), repeated = jax.lax.scan(repetition, (x, first), (parameters, repeated))
+            carry, before = self.before(carry, before, self.remat, **where)
+        fixed = {name: keys for name, keys in carry.keys.items() if name not in self.carried}
+
+        def repetition(carry: Carry, layer: tuple[Any, Any]) -> tuple[Carry, Any]:
+            parameters, states = layer
+            carry = carry._replace(keys=fixed | carry.keys)
+            carry, states = nnx.merge(graph, parameters)(carry, states, self.remat, **where)
+            return carry._replace(keys={name: carry.keys[name] for name in self.carried}), states
+
+        carry = carry._replace(keys=self._carried_keys(carry, repetition, (parameters, repeated)))
+        carry, repeated = jax.lax.scan(repetition, carry, (parameters, repeated))
         if self.after is not None:
-            x, first, after = self.after(x, first, after, self.remat, **where)
-        x = self.final_norm(x)
+            carry = carry._replace(keys=fixed | carry.keys)
+            carry, after = self.after(carry, after, self.remat, **where)
+        x = self.final_norm(carry.x)
         if self.logits_scale != 1:
             x *= jnp.asarray(self.logits_scale, x.dtype)
         return x, None if state is None else StackState(before, repeated, after)
+
+    def _carried_keys(self, carry: Carry, repetition: Any, layers: Any) -> dict[str, SharedKeys]:
+        """What the first repetition finds: keys from before it, zeros for those that only come after it is read."""
+        known = {name: keys for name, keys in carry.keys.items() if name in self.carried}
+        if len(known) == len(self.carried):
+            return known
+        one = jax.tree.map(lambda x: x[0], layers)
+        made = jax.eval_shape(lambda: repetition(carry._replace(keys=known), one))[0].keys
+        return {
+            name: known[name] if name in known else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made[name])
+            for name in self.carried
+        }
 
     def embed(self, tokens: Tokens) -> Hidden:
         """What enters the first block."""

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from effattn_jax.layers import Attention, RMSNorm
-from effattn_jax.layers import attention as attention_module
 from effattn_jax.models import Block
 from tests.layers.catalogue import jit
 from tests.layers.golden import (
+    ATTENTION_NAMES,
     attention_weights,
     codestral_block,
     codestral_options,
@@ -91,23 +91,6 @@ def test_attention_with_query_key_norm_is_gemma3(layer):
     np.testing.assert_allclose(jit(block)(mixer, g.hidden(layer)), g.hidden(layer + 1), **TOLERANCE)
 
 
-def yarn(x, positions, config):
-    """Rotation with frequencies that pass from theta^{-2i/K} to a slower one, times a factor (Peng et al. 2023)."""
-    size, p = x.shape[-1], config["rope_parameters"]
-    fast = p["rope_theta"] ** (-np.arange(0, size, 2) / size)
-    turn = lambda rotations: (  # noqa: E731
-        size * np.log(p["original_max_position_embeddings"] / (rotations * 2 * np.pi)) / (2 * np.log(p["rope_theta"]))
-    )
-    low, high = max(turn(p["beta_fast"]), 0), min(turn(p["beta_slow"]), size - 1)
-    slow = np.clip((np.arange(size // 2) - low) / (high - low), 0, 1)
-    frequencies = fast * (1 - slow) + fast / p["factor"] * slow
-    angles = jnp.asarray(positions)[:, :, None, None] * frequencies
-    factor = 0.1 * np.log(p["factor"]) + 1
-    sin, cos = factor * jnp.sin(angles), factor * jnp.cos(angles)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
 def mixture(x, t, config):
     """Experts of gpt-oss, all of them on all tokens: gate and up interleaved, clipped, gate * sigmoid(1.702 gate)."""
     scores = x @ t["router.weight"].T + t["router.bias"]
@@ -122,32 +105,35 @@ def mixture(x, t, config):
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_attention_with_sinks_is_gpt_oss(layer, monkeypatch):
-    """Windows with sinks (0) and sinks alone (1). The projections' biases go in as a channel that is always 1; the
-    rotation is replaced by gpt-oss's own, and the experts are written here: the layer has neither."""
+def test_attention_with_sinks_is_gpt_oss(layer):
+    """Windows with sinks (0) and sinks alone (1), biases and YaRN; the experts are written here."""
     g = golden("gpt_oss")
     t, config = under(f"model.layers.{layer}.", g.tensors), g.config
-    dim, local = config["hidden_size"], config["layer_types"][layer] == "sliding_attention"
+    local, p = config["layer_types"][layer] == "sliding_attention", config["rope_parameters"]
     make = lambda: Attention(  # noqa: E731
-        dim + 1,
+        config["hidden_size"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
         window=config["sliding_window"] if local else None,
         sinks=True,
+        bias=True,
+        out_bias=True,
+        rope_theta=p["rope_theta"],
+        rope_scaling={
+            "kind": "yarn",
+            "factor": p["factor"],
+            "original_length": p["original_max_position_embeddings"],
+            "truncate": False,
+        },
         rngs=nnx.Rngs(0),
     )
-    weights = attention_weights(under("self_attn.", t))
-    for name in ("q_proj", "k_proj", "v_proj"):
-        weights[f"{name}.kernel"] = np.vstack([weights[f"{name}.kernel"], t[f"self_attn.{name}.bias"]])
-    weights["out_proj.kernel"] = np.pad(weights["out_proj.kernel"], ((0, 0), (0, 1)))
-    mixer = load(make, weights | {"sinks": t["self_attn.sinks"]})
-    monkeypatch.setattr(attention_module, "rope", lambda x, positions, **_: yarn(x, positions, config))
+    biases = {f"{ours}.bias": t[f"self_attn.{theirs}.bias"] for ours, theirs in ATTENTION_NAMES.items()}
+    mixer = load(make, attention_weights(under("self_attn.", t)) | biases | {"sinks": t["self_attn.sinks"]})
 
     def block(mixer, x):
         h = rms_norm(x, t["input_layernorm.weight"], config["rms_norm_eps"])
-        y, _ = mixer(jnp.concatenate([h, jnp.ones_like(h[..., :1])], axis=-1))
-        x = x + y[..., :dim] + t["self_attn.o_proj.bias"]
+        x = x + mixer(h)[0]
         h = rms_norm(x, t["post_attention_layernorm.weight"], config["rms_norm_eps"])
         return x + mixture(h, under("mlp.", t), config)
 
