@@ -73,3 +73,31 @@ def plot_accuracy(
     }
     figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside right center")
     figure.savefig(path, dpi=150)
+
+
+def plot_curves(
+    path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, x: str, y: str, top: float
+) -> None:
+    """A panel per title, a line per name, through its points, on the same vertical axis up to `top`."""
+    figure = Figure(figsize=(1 + 4.5 * len(panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+        for name, points in lines.items():
+            style = names.index(name)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colormaps["tab10"](style % 10),
+                marker="os^Dvp*"[style % 7] if len(points) < 20 else None,
+                markersize=4,
+                label=name,
+            )
+        axes.set_xlabel(x)
+        axes.set_title(title, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    all_axes[0].set_ylabel(y)
+    all_axes[0].set_ylim(top=top)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
+    figure.savefig(path, dpi=150)
