@@ -49,14 +49,18 @@ def run(
         _stop(f"got the argument {rest[0]!r}; everything is a flag: --config.<field>=<value>", 2)
     if CONFIG.value is None and without_config is None:
         _stop("--config is needed, for example --config=configs/quickstart.py (--help shows all flags)", 2)
-    name = os.path.splitext(os.path.basename(path))[0]
     try:
         if CONFIG.value is not None:
-            main(CONFIG.value, os.path.abspath(WORKDIR.value or os.path.join("runs", name)))
+            main(CONFIG.value, os.path.abspath(WORKDIR.value or os.path.join("runs", config_name())))
         elif without_config is not None:
             without_config()
     except EXPECTED as error:
         _stop(str(error), 1)
+
+
+def config_name() -> str:
+    """Of the config file, without its folder and suffix."""
+    return os.path.splitext(os.path.basename(_config_path(sys.argv)))[0]
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -10,7 +10,7 @@ from effattn_jax import checks
 from effattn_jax.models import LanguageModel
 from effattn_jax.models.blueprint import blueprint
 from effattn_jax.pretrained import load, load_tokenizer
-from effattn_jax.pretrained.hub import directory_of
+from effattn_jax.pretrained.hub import PTH, directory_of
 from effattn_jax.pretrained.tokenizer import TOKENIZER, PretrainedTokenizer
 from effattn_jax.training.data import Tokenizer
 from effattn_jax.training.data import load_tokenizer as load_training_tokenizer
@@ -19,7 +19,9 @@ from effattn_jax.training.setup import model_maker
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a directory in Hugging Face's format, or author/name of its hub")
+CHECKPOINTS = flags.DEFINE_multi_string(
+    "checkpoint", [], "a directory in Hugging Face's format, author/name of its hub, or an RWKV file x.pth"
+)
 DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "of a --checkpoint's matrices; default: as in its files")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint of the workdir; default: the newest")
 
@@ -30,7 +32,7 @@ def trained(config: ConfigDict, workdir: str) -> tuple[LanguageModel, Tokenizer,
     Raises:
       ValueError: there is a --checkpoint too.
     """
-    if CHECKPOINT.value is not None:
+    if CHECKPOINTS.value:
         checks.fail("--checkpoint", "one beside --config", "one of the two")
     tokenizer = load_training_tokenizer(config.data.tokenizer)
     plan = blueprint(model_maker(config, tokenizer.vocab_size))
@@ -44,8 +46,14 @@ def published() -> tuple[LanguageModel, PretrainedTokenizer | None]:
     Raises:
       ValueError: no --checkpoint; what `effattn_jax.pretrained.load` refuses.
     """
-    if CHECKPOINT.value is None:
+    if not CHECKPOINTS.value:
         checks.fail("flags", "neither --config nor --checkpoint", "one of the two (--help shows all flags)")
-    directory = directory_of(CHECKPOINT.value)
+    if len(CHECKPOINTS.value) > 1:
+        checks.fail("--checkpoint", f"{len(CHECKPOINTS.value)} of them", "one")
+    (name,) = CHECKPOINTS.value
+    dtype = None if DTYPE.value is None else DTYPES[DTYPE.value]
+    if name.endswith(PTH):
+        return load(name, dtype=dtype), None
+    directory = directory_of(name)
     tokenizer = load_tokenizer(directory) if (directory / TOKENIZER).is_file() else None
-    return load(directory, dtype=None if DTYPE.value is None else DTYPES[DTYPE.value]), tokenizer
+    return load(directory, dtype=dtype), tokenizer

@@ -52,19 +52,22 @@ def training_flops_per_token(model: LanguageModel, length: int) -> float:
 
     Recomputation (remat) is not counted, so that utilisation compares models by useful work.
     """
-    matrices = sum(_active(block) for _, block in model.parts())  # of a repeated block the stack of all
+    matrices = sum(used_numbers(block, "kernel") for _, block in model.parts())  # of a repeated block the stack of all
     matrices += math.prod(model.embedding.shape)  # the head, tied or not
     mixing = sum(times * block.mixer.mixing_flops(length) for times, block in model.parts())
     return 3 * (2 * matrices + mixing)
 
 
-def _active(block: Block) -> float:
-    """Numbers in the matrices that a token meets: of an expert's the part of the tokens that it gets."""
+def used_numbers(block: Block, name: str | None = None) -> float:
+    """Numbers in the parameters, of that name, that a token meets: of an expert's the part of the tokens that it gets.
+
+    Of a block that is repeated those of all repetitions.
+    """
     experts = [m for m in (block.mlp,) if isinstance(m, MoE)]
     total = 0.0
     for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(block, nnx.Param)))[0]:
         names = [getattr(part, "key", None) for part in path]
-        if names[-1] == "kernel":
+        if name in (None, names[-1]):
             share = experts[0].top_k / experts[0].experts if experts and names[:2] in EXPERTS else 1
             total += share * math.prod(leaf.shape)
     return total

@@ -3,21 +3,25 @@
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from effattn_jax import checks
 
-FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab*")
+WORDS = ("*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab*")
+FILES = (*WORDS, "*.safetensors")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PTH = ".pth"
 FILE = re.compile(rf"({REPOSITORY.pattern})/(.+{re.escape(PTH)})")
 
 
-def directory_of(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
+def directory_of(path_or_repo: str | os.PathLike[str], files: Sequence[str] = FILES) -> pathlib.Path:
     """The directory itself, or the local copy of a repository, fetched where it is not there yet.
+
+    Args:
+      files: patterns of those that are needed; `WORDS` are all but the weights.
 
     Raises:
       ValueError: no such directory, and no repository that can be reached.
@@ -27,7 +31,7 @@ def directory_of(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
         return path
     if not REPOSITORY.fullmatch(name):
         checks.fail("path_or_repo", repr(name), 'a directory that is there, or a repository "author/name"')
-    return _fetched(name, "directory", lambda: snapshot_download(name, allow_patterns=list(FILES)))
+    return _fetched(name, "directory", lambda: snapshot_download(name, allow_patterns=list(files)))
 
 
 def file_of(path_or_name: str | os.PathLike[str]) -> pathlib.Path:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from effattn_jax import checks
 from effattn_jax.pretrained.chat_template import ChatTemplate, Message
 from effattn_jax.pretrained.detokenizer import Detokenizer
-from effattn_jax.pretrained.hub import directory_of
+from effattn_jax.pretrained.hub import WORDS, directory_of
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 CONFIGS = ("generation_config.json", "config.json")  # the first that names stop tokens counts
@@ -25,7 +25,7 @@ def load_tokenizer(path_or_repo: str | os.PathLike[str]) -> "PretrainedTokenizer
     Raises:
       ValueError: no tokenizer.json, or a damaged one; a name that the hub cannot be asked for.
     """
-    return PretrainedTokenizer(directory_of(path_or_repo))
+    return PretrainedTokenizer(directory_of(path_or_repo, WORDS))
 
 
 class PretrainedTokenizer:
