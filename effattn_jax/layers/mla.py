@@ -70,7 +70,7 @@ class LatentAttention(nnx.Module):
         self.scale = (key_dim + rope_dim) ** -0.5 if scale is None else scale
         self.dtype, self.implementation = dtype, implementation
 
-        project = lambda *sizes, axes: Projection(*sizes, axes, dtype=dtype, rngs=rngs)  # noqa: E731
+        project = lambda inner, outer, axes: Projection(inner, outer, axes, dtype=dtype, rngs=rngs)  # noqa: E731
         norm = lambda size: RMSNorm(size, eps=norm_eps, axis="state", dtype=dtype)  # noqa: E731
         queries = heads * (key_dim + rope_dim)
         self.q_down = project(dim, query_rank, axes=("embed", "state")) if query_rank else None
