@@ -31,14 +31,22 @@ class Loop(NamedTuple):
 
 @functools.partial(jax.jit, donate_argnums=(2,))
 def read(
-    model: LanguageModel, tokens: Int[Array, "B T"], state: Any, padding: Int[Array, " B"], start: Int[Array, ""]
+    model: LanguageModel,
+    tokens: Int[Array, "B T"],
+    state: Any,
+    padding: Int[Array, " B"] | None,
+    start: Int[Array, ""],
 ) -> tuple[Float[Array, "B vocab"], Any]:
     """Scores after the last of `tokens`, the start-th of their rows and those after it, and the state.
 
-    The first `padding` tokens of a row are neither written nor read. The state's buffers are donated.
+    The first `padding` tokens of a row are neither written nor read; None is no padding, for layers that cannot have
+    any. The state's buffers are donated.
     """
-    positions = start + jnp.arange(tokens.shape[1])[None] - padding[:, None]
-    segment_ids = jnp.where(positions >= 0, DOCUMENT, PADDING)
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    segment_ids = None
+    if padding is not None:
+        positions -= padding[:, None]
+        segment_ids = jnp.where(positions >= 0, DOCUMENT, PADDING)
     hidden, state = model.hidden(tokens, state, segment_ids=segment_ids, positions=positions)
     return model.logits(hidden[:, -1:])[:, 0], state
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax import checks
+from effattn_jax.models.attachment import reads_prompts_at_once
 from effattn_jax.models.decoding import Rows, draw, read
 from effattn_jax.models.language_model import LanguageModel
 from effattn_jax.models.sampling import Sampling
@@ -87,9 +88,17 @@ def begin(model: LanguageModel, prompts: Prompts, request: Request, prefill_chun
     """The prompts read, chunk by chunk: where the rows stand, and the state, with room for what is asked for."""
     check_chunk(prefill_chunk)
     tokens, padding = _pad(prompts, model.vocab_size, prefill_chunk)
+    if reads_prompts_at_once(block for _, block in model.parts()):
+        if tokens.shape[1] > prefill_chunk:
+            checks.fail(
+                "prefill_chunk", prefill_chunk, "the length of the prompts: attached mechanisms read them at once"
+            )
+        if padding.any():
+            checks.fail("prompts", "several lengths", "one length: attached mechanisms have no padding")
+    pads = jnp.asarray(padding) if padding.any() else None
     state = model.init_state(len(tokens), tokens.shape[1] + request.max_new_tokens)
     for start in range(0, tokens.shape[1], prefill_chunk):
-        scores, state = read(model, tokens[:, start : start + prefill_chunk], state, padding, start)
+        scores, state = read(model, tokens[:, start : start + prefill_chunk], state, pads, start)
     position = jnp.asarray(tokens.shape[1] - padding)
     return Rows(scores, position, request.key, jnp.zeros(len(tokens), bool)), state
 

@@ -1,7 +1,7 @@
 """A language model: a pattern of mixers, repeated, between an embedding and a head."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from effattn_jax.layers.first_value import FirstValue, no_first_value
 from effattn_jax.layers.norms import NORMS
 from effattn_jax.layers.shared_keys import SharedKeys
 from effattn_jax.models.activations import shard_batch
+from effattn_jax.models.attachment import attach
 from effattn_jax.models.block import Block
 from effattn_jax.models.key_sharing import KV_FROM, carried, check_key_sharing, read_names
 from effattn_jax.models.unit import Carry, Unit
@@ -148,6 +149,43 @@ class LanguageModel(nnx.Module):
         for unit, times in ((self.before, 1), (self.units, self.repeats), (self.after, 1)):
             for block in () if unit is None else unit.blocks:
                 yield times, block
+
+    def with_attention(
+        self,
+        *,
+        prefill: str | Callable[..., Array] | None = None,
+        decode: str | None = None,
+        prefill_options: Mapping[str, Any] | None = None,
+        decode_options: Mapping[str, Any] | None = None,
+        layers: Iterable[int] | None = None,
+    ) -> Self:
+        """The model whose softmax attention is read sparsely, without training; it shares the parameters.
+
+            sparse = model.with_attention(prefill="xattention", decode="quest", decode_options={"budget": 1024})
+            generate(sparse, prompts, max_new_tokens=100, prefill_chunk=4096)
+
+        `AttachedAttention` says what is read when. Prompts of one call have one length and are read at once.
+
+        Args:
+          prefill: "minference", "flexprefill", "xattention", "spargeattn", "streaming", a function
+            (q, k, v, *, scale, **options) -> out, or None, which reads everything.
+          decode: "quest", "double_sparsity", "h2o", "snapkv", "cluster_kv", "retro", "streaming", or None, which reads
+            everything.
+          prefill_options, decode_options: theirs: arguments of the function in `effattn_jax.sparse` of that name, and
+            fields of the class in `effattn_jax.sparse.decoders`.
+          layers: indices in `before`, the pattern and `after`, side by side; None: all attention without a window. One
+            choice holds for all repetitions of a place in the pattern: layers that stay dense (Quest: the first two)
+            need a place of their own, such as `before`. Further calls can give other layers other mechanisms.
+
+        Raises:
+          ValueError: layers that are no attention without a window, or share keys with others, or have learned sinks, a
+            soft cap or a rounded cache; mechanisms or options that do not exist.
+        """
+        model = nnx.merge(*nnx.split(self))
+        mechanisms = {"prefill": prefill, "decode": decode}
+        options = {"prefill_options": prefill_options, "decode_options": decode_options}
+        attach([block for _, block in model.parts()], layers, **mechanisms, **options)
+        return model
 
     def init_state(self, batch_size: int, max_length: int) -> StackState:
         """The state of every block, stacked over repetitions like the parameters."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax import checks
+from effattn_jax.models.attachment import reads_prompts_at_once
 from effattn_jax.models.decoding import Rows, read
 from effattn_jax.models.generation import DEFAULT_SAMPLING, PREFILL_CHUNK, Request, as_tokens, blocks, check_chunk
 from effattn_jax.models.language_model import LanguageModel
@@ -56,10 +57,10 @@ class Session:
         """
         row = as_tokens("tokens", tokens, self.model.vocab_size)
         self._check_room("tokens", len(row))
-        for part in np.split(row, np.cumsum(pieces(len(row), self.prefill_chunk))[:-1]):
-            self._scores, self._state = read(
-                self.model, part[None], self._state, np.zeros(1, np.int32), len(self._tokens)
-            )
+        whole = not self._tokens and reads_prompts_at_once(block for _, block in self.model.parts())
+        lengths = [len(row)] if whole else pieces(len(row), self.prefill_chunk)
+        for part in np.split(row, np.cumsum(lengths)[:-1]):
+            self._scores, self._state = read(self.model, part[None], self._state, None, len(self._tokens))
             self._tokens += part.tolist()
 
     def follow(self, tokens: Sequence[int] | np.ndarray) -> None:
