@@ -38,7 +38,8 @@ class AttachedAttention(Attention):
 
     Without a state `prefill` reads the row. With one the first call takes the whole prompt: `prefill` reads it, and
     `decode` keeps of it what it needs. Every token after that is read by `decode`, as if it came alone, in calls of any
-    number of tokens. Not for training.
+    number of tokens; under `jax.jit` the caller must see to it that no more come than the state has room for. Not for
+    training.
 
     Args:
       layer: its parameters are shared.
@@ -111,5 +112,5 @@ class AttachedAttention(Attention):
 
     def _check_prompt(self, x: Array, state: EmptyState) -> None:
         checks.check_shape("x", x, (state.batch_size, None, None), "[B, T, D] of the state")
-        if x.shape[1] > state.max_length:
-            checks.fail("x", f"{x.shape[1]} tokens", f"at most the {state.max_length} that the state has room for")
+        if not 1 <= x.shape[1] <= state.max_length:
+            checks.fail("x", f"{x.shape[1]} tokens", f"a prompt of 1 to {state.max_length}, the room of the state")
