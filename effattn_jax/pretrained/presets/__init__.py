@@ -1,8 +1,8 @@
 """Published models by name: the sizes of their config.json, without their weights.
 
 `from_config` builds what `preset("falcon-mamba-7b")` says. The files beside this one hold what describes the model, in
-the spelling of its authors; Gemma 3's are those of its language model. MiniCPM-4's has the rotary factors and the sparse
-attention that its authors advise for long texts.
+its authors' spelling; Gemma 3's are those of its language model, MiniCPM-4's has the rotary factors and the sparse
+attention that they advise for long texts.
 """
 
 import importlib.resources
