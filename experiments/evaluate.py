@@ -1,10 +1,14 @@
-"""Evaluate a trained model on the held-out text: bits per byte, and the loss by position in a document.
+"""Evaluate a trained model or a published checkpoint: bits per byte of text, or the tasks of lm-evaluation-harness.
 
     python -m experiments.evaluate --config=configs/quickstart.py --workdir=runs/quickstart --length=2048
+    python -m experiments.evaluate --checkpoint=<directory or author/name> --text=book.txt --window=4096 --stride=1024
+    python -m experiments.evaluate --checkpoint=<directory or author/name> --tasks=lambada_openai,hellaswag
 
-Rows of --length tokens, by default four times those of training, show whether the loss keeps falling, or at least does
-not rise, beyond what training has seen: a memory of fixed size and a window should carry on. Writes evaluation.json and
-positions.png to the workdir.
+With --config, on the held-out text of the run: rows of --length tokens, by default four times those of training, show
+whether the loss keeps falling, or at least does not rise, beyond what training has seen: a memory of fixed size and a
+window should carry on. Writes evaluation.json and positions.png to the workdir.
+
+With --checkpoint, on text files, or without any on the Python library's source. --tasks needs the extra `eval`.
 """
 
 import json
@@ -17,17 +21,80 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from effattn_jax import checks
+from effattn_jax.pretrained.text_evaluation import evaluate_texts
+from effattn_jax.pretrained.text_model import TextModel
+from effattn_jax.training.data import evaluation_documents, open_source
 from effattn_jax.training.evaluation import Evaluation, evaluate, make_evaluation_step
 from effattn_jax.training.restore import restore_params
 from effattn_jax.training.setup import heldout_batches, make_setup
-from experiments import cli
+from experiments import cli, model_flags
 
-LENGTH = flags.DEFINE_integer("length", None, "tokens in a row; default: four times data.sequence_length")
-BUCKETS = flags.DEFINE_integer("buckets", 8, "ranges of positions, each twice as long as the one before")
-STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the newest")
+LENGTH = flags.DEFINE_integer(
+    "length", None, "with --config: tokens in a row; default: four times data.sequence_length"
+)
+BUCKETS = flags.DEFINE_integer("buckets", 8, "with --config: ranges of positions, each twice as long as the one before")
+TEXTS = flags.DEFINE_multi_string("text", [], "with --checkpoint: a text file; may be given several times")
+MAX_BYTES = flags.DEFINE_integer("max_bytes", 100_000, "with --checkpoint: of the Python library's source")
+WINDOW = flags.DEFINE_integer("window", 2048, "with --checkpoint: a token is given at most so many before it")
+STRIDE = flags.DEFINE_integer("stride", None, "with --checkpoint: tokens from window to window; default: half of it")
+BATCH = flags.DEFINE_integer("batch", 8, "with --checkpoint: windows at a time")
+TASKS = flags.DEFINE_list("tasks", [], "with --checkpoint: tasks of lm-evaluation-harness, instead of texts")
+FEW_SHOT = flags.DEFINE_integer("fewshot", None, "examples in front of each question of --tasks; default: the task's")
+LIMIT = flags.DEFINE_integer("limit", None, "questions of each of --tasks; default: all")
+ADD_BOS = flags.DEFINE_bool("add_bos", False, "open the texts of --tasks as the tokenizer does; Gemma needs it")
+CHAT = flags.DEFINE_bool("chat_template", False, "put the questions of --tasks into the chat template")
 
 
-def main(config: ConfigDict, workdir: str) -> None:
+def of_checkpoint() -> None:
+    model, tokenizer = model_flags.published()
+    if tokenizer is None:
+        checks.fail("--checkpoint", "one without a tokenizer.json", "one with it, to read texts")
+    if TASKS.value:
+        _run_tasks(TextModel(model, tokenizer, window=WINDOW.value, batch_size=BATCH.value, add_bos=ADD_BOS.value))
+        return
+    texts = [_read(path) for path in TEXTS.value] or evaluation_documents(
+        open_source("python_stdlib", "validation"), MAX_BYTES.value
+    )
+    stride = STRIDE.value or max(1, WINDOW.value // 2)
+    found = evaluate_texts(model, tokenizer, texts, window=WINDOW.value, stride=stride, batch_size=BATCH.value)
+    print(
+        f"{len(texts)} texts, {found.bytes:,} bytes, {found.tokens:,} tokens; windows of {WINDOW.value:,} by {stride:,}"
+    )
+    print(f"  bits per byte   {found.bits_per_byte:.4f}")
+    print(f"  bits per token  {found.bits_per_token:.4f}")
+    print(f"  perplexity      {found.perplexity:.4f} of tokens")
+
+
+def _read(path: str) -> bytes:
+    if not os.path.isfile(path):
+        checks.fail("--text", repr(path), "a file that is there")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _run_tasks(text_model: TextModel) -> None:
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.utils import make_table
+
+        from effattn_jax.pretrained.harness import HarnessModel
+    except ImportError as error:
+        checks.fail("--tasks", f"{type(error).__name__}: {error}", "the extra `eval`: make setup EXTRAS=dev,eval")
+    (name,) = model_flags.CHECKPOINTS.value
+    results = simple_evaluate(
+        model=HarnessModel(text_model, name),
+        tasks=TASKS.value,
+        num_fewshot=FEW_SHOT.value,
+        limit=LIMIT.value,
+        apply_chat_template=CHAT.value,
+    )
+    print(make_table(results))
+
+
+def of_run(config: ConfigDict, workdir: str) -> None:
+    if model_flags.CHECKPOINTS.value:
+        checks.fail("--checkpoint", "one beside --config", "one of the two")
     setup = make_setup(config)
     trained = config.data.sequence_length
     heldout = heldout_batches(config, setup.tokenizer, LENGTH.value or 4 * trained)
@@ -35,7 +102,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.shardings.parameters[name])
         for name, x in setup.blueprint.shapes.items()
     }
-    step, parameters = restore_params(os.path.join(workdir, "checkpoints"), shapes, step=STEP.value)
+    step, parameters = restore_params(os.path.join(workdir, "checkpoints"), shapes, step=model_flags.STEP.value)
     result = evaluate(
         make_evaluation_step(setup.blueprint, setup.mesh), parameters, heldout, heldout.byte_count, setup.mesh
     )
@@ -80,4 +147,4 @@ def _plot(path: str, ranges: list[tuple[int, int, float]], trained: int) -> None
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(of_run, __doc__, without_config=of_checkpoint)

@@ -15,7 +15,7 @@ from effattn_jax.models.scoring import log_probability, token_scores
 from effattn_jax.pretrained.detokenizer import Detokenizer, pieces
 from effattn_jax.pretrained.tokenizer import PretrainedTokenizer
 
-BLOCK, PREFILL_CHUNK = 16, 128
+BLOCK, LARGEST_CHUNK = 16, 512
 MAX_NEW_TOKENS = 256
 GENERATION = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
 
@@ -93,19 +93,22 @@ class TextModel:
     def _continue(
         self, prompts: Sequence[list[int]], *, until: Sequence[str], max_new_tokens: int, sampling: Sampling
     ) -> list[str]:
-        key = jax.random.key(self.seed)
+        """Sizes are rounded up, so that few programs are compiled: batches, prompts and the room for both."""
+        key, count = jax.random.key(self.seed), len(prompts)
         request = Request.of(self.model, max_new_tokens, None, sampling, self.tokenizer.stop_tokens, key)
         prompts = [prompt[-max(1, self.window - max_new_tokens) :] for prompt in prompts]
         longest = max(map(len, prompts))
-        padded = longest if longest <= PREFILL_CHUNK else -(-longest // PREFILL_CHUNK) * PREFILL_CHUNK
-        room = 1 << (padded + max_new_tokens - 1).bit_length()  # so that few programs are compiled
-        rows, state = begin(self.model, prompts, request._replace(max_new_tokens=room - padded), PREFILL_CHUNK)
-        drawn, texts = np.zeros((len(prompts), 0), np.int32), [""] * len(prompts)
+        chunk = min(LARGEST_CHUNK, power_of_two(longest) // 2 or 1)
+        padded = -(-longest // chunk) * chunk
+        room = power_of_two(padded + max_new_tokens) - padded
+        filled = [*prompts, *[prompts[-1]] * (self.batch_size - count)]
+        rows, state = begin(self.model, filled, request._replace(max_new_tokens=room), chunk)
+        drawn, texts = np.zeros((count, 0), np.int32), [""] * count
         for tokens, after, _ in blocks(self.model, rows, state, request, BLOCK):
-            drawn = np.concatenate([drawn, tokens], axis=1)
+            drawn = np.concatenate([drawn, tokens[:count]], axis=1)
             texts = [self._text(prompt, row) for prompt, row in zip(prompts, drawn, strict=True)]
             done = [any(end in text for end in until) for text in texts]
-            if np.all(done | np.asarray(after.finished)):
+            if np.all(done | np.asarray(after.finished)[:count]):
                 break
         return [functools.reduce(lambda text, end: text.split(end)[0], until, text) for text in texts]
 
@@ -128,6 +131,11 @@ class TextModel:
         if self.tokenizer.bos is None:
             checks.fail("tokenizer", "one without a token that opens documents", "a context for every text")
         return self.tokenizer.bos
+
+
+def power_of_two(n: int) -> int:
+    """The first from n on."""
+    return 1 << (n - 1).bit_length()
 
 
 def _options(number: int, given: Mapping[str, Any]) -> dict[str, Any]:

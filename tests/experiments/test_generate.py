@@ -6,13 +6,13 @@ import jax
 import pytest
 from absl import flags
 
-from effattn_jax.models import Sampling, cut, generate
+from effattn_jax.models import Sampling, stream
 from effattn_jax.pretrained import load, load_tokenizer
 from experiments import cli
 from experiments import generate as experiment
 from tests.pretrained.tiny_checkpoint import checkpoint
 
-TOKENS = 5
+TOKENS, ID_OF_END = 5, 262
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,9 @@ def call(monkeypatch, capsys):
 
 def continued(path, ids, number=0, **options):
     options = {"sampling": Sampling(0.8), "key": jax.random.fold_in(jax.random.key(0), number)} | options
-    row = generate(load(path), [ids], max_new_tokens=TOKENS, **options)[0]
-    return cut(row, load_tokenizer(path).stop_tokens)
+    row = list(stream(load(path), ids, max_new_tokens=TOKENS, **options))
+    assert ID_OF_END not in row
+    return row
 
 
 def test_prompts(path, call):
@@ -50,8 +51,7 @@ def test_prompts(path, call):
 
 def test_tokens_of_a_checkpoint_without_a_tokenizer(tmp_path, call):
     path = checkpoint(tmp_path, tokenizer=False)
-    row = generate(load(path), [[5, 6, 7]], max_new_tokens=TOKENS, temperature=0.0)[0]
-    assert call(f"--checkpoint={path}", "--prompt_ids=5,6,7", "--temperature=0") == " ".join(map(str, row)) + "\n"
+    assert call(f"--checkpoint={path}", "--prompt_ids=5,6") == " ".join(map(str, continued(path, [5, 6]))) + "\n"
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """A checkpoint of random weights with a tokenizer, as a directory."""
 
+import functools
 import pathlib
+import tempfile
 
 from flax import nnx
 
 from effattn_jax.pretrained import from_config, save
+from tests.layers.catalogue import filled
 from tests.pretrained.tiny_tokenizer import write
 
 CONFIG = {
@@ -24,7 +27,16 @@ CONFIG = {
 }
 
 
+@functools.cache
+def saved() -> dict[str, bytes]:
+    """Files of the model, written once."""
+    with tempfile.TemporaryDirectory() as directory:
+        save(filled(lambda: from_config(CONFIG, rngs=nnx.Rngs(0))), directory)
+        return {file.name: file.read_bytes() for file in pathlib.Path(directory).iterdir()}
+
+
 def checkpoint(directory: pathlib.Path, *, tokenizer: bool = True, **files) -> pathlib.Path:
     """Written to `directory`; `files` as for `tiny_tokenizer.write`."""
-    save(from_config(CONFIG, rngs=nnx.Rngs(3)), directory)
+    for name, content in saved().items():
+        (directory / name).write_bytes(content)
     return write(directory, **files) if tokenizer else directory
