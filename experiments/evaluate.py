@@ -49,7 +49,7 @@ CHAT = flags.DEFINE_bool("chat_template", False, "put the questions of --tasks i
 def of_checkpoint() -> None:
     model, tokenizer = model_flags.published()
     if tokenizer is None:
-        checks.fail("--checkpoint", "one without a tokenizer.json", "one with it, to read texts")
+        checks.fail("--checkpoint", "one without a tokenizer", "tokenizer.json beside it, or RWKV's vocabulary")
     if TASKS.value:
         _run_tasks(TextModel(model, tokenizer, window=WINDOW.value, batch_size=BATCH.value, add_bos=ADD_BOS.value))
         return

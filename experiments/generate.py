@@ -52,7 +52,7 @@ def of_checkpoint() -> None:
         print(*speaker(model, ())(prompt_ids(PROMPT_IDS.value), 0))
         return
     if tokenizer is None:
-        checks.fail("--checkpoint", "one without a tokenizer.json", "--prompt_ids")
+        checks.fail("--checkpoint", "one without a tokenizer", "--prompt_ids")
     if CHAT.value:
         lines = PROMPTS.value or (line.rstrip("\n") for line in sys.stdin)
         talk(Chat(model, tokenizer, max_length=MAX_LENGTH.value, system=SYSTEM.value), lines)

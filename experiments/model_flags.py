@@ -10,8 +10,8 @@ from effattn_jax import checks
 from effattn_jax.models import LanguageModel
 from effattn_jax.models.blueprint import blueprint
 from effattn_jax.pretrained import load, load_tokenizer
-from effattn_jax.pretrained.hub import PTH, directory_of
-from effattn_jax.pretrained.tokenizer import TOKENIZER, PretrainedTokenizer
+from effattn_jax.pretrained.hub import PTH, directory_of, file_of
+from effattn_jax.pretrained.tokenizer import PretrainedTokenizer, has_tokenizer
 from effattn_jax.training.data import Tokenizer
 from effattn_jax.training.data import load_tokenizer as load_training_tokenizer
 from effattn_jax.training.restore import restore_params
@@ -52,8 +52,6 @@ def published() -> tuple[LanguageModel, PretrainedTokenizer | None]:
         checks.fail("--checkpoint", f"{len(CHECKPOINTS.value)} of them", "one")
     (name,) = CHECKPOINTS.value
     dtype = None if DTYPE.value is None else DTYPES[DTYPE.value]
-    if name.endswith(PTH):
-        return load(name, dtype=dtype), None
-    directory = directory_of(name)
-    tokenizer = load_tokenizer(directory) if (directory / TOKENIZER).is_file() else None
-    return load(directory, dtype=dtype), tokenizer
+    directory = file_of(name).parent if name.endswith(PTH) else directory_of(name)
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    return load(name if name.endswith(PTH) else directory, dtype=dtype), tokenizer

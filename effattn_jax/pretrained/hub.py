@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from effattn_jax import checks
 
-WORDS = ("*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab*")
+WORDS = ("*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "*vocab*")
 FILES = (*WORDS, "*.safetensors")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PTH = ".pth"

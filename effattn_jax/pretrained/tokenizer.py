@@ -16,16 +16,27 @@ from effattn_jax.pretrained.detokenizer import Detokenizer
 from effattn_jax.pretrained.hub import WORDS, directory_of
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+WORLD = "rwkv_vocab*.txt"
 CONFIGS = ("generation_config.json", "config.json")  # the first that names stop tokens counts
 
 
 def load_tokenizer(path_or_repo: str | os.PathLike[str]) -> "PretrainedTokenizer":
-    """The tokenizer in a directory in Hugging Face's format, or of a repository of its hub.
+    """The tokenizer in a directory in Hugging Face's format, or of a repository of its hub; or RWKV's vocabulary there.
 
     Raises:
-      ValueError: no tokenizer.json, or a damaged one; a name that the hub cannot be asked for.
+      ValueError: no tokenizer.json and no rwkv_vocab*.txt, or a damaged one; a name that the hub cannot be asked for.
     """
-    return PretrainedTokenizer(directory_of(path_or_repo, WORDS))
+    directory = directory_of(path_or_repo, WORDS)
+    worlds = sorted(directory.glob(WORLD))
+    if worlds and not (directory / TOKENIZER).is_file():
+        from effattn_jax.pretrained.world_tokenizer import WorldTokenizer  # which stands on this file
+
+        return WorldTokenizer(worlds[-1])
+    return PretrainedTokenizer(directory)
+
+
+def has_tokenizer(directory: pathlib.Path) -> bool:
+    return (directory / TOKENIZER).is_file() or any(directory.glob(WORLD))
 
 
 class PretrainedTokenizer:
