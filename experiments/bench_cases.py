@@ -38,7 +38,6 @@ class Op:
     carried: str | None = None  # the state of a step, which has no backward pass here
     baselines: tuple[str, ...] = ("xla",)
     triton: bool = False
-    passes: tuple[str, ...] = ()  # ways of the Hopper kernels that can be named
     peers: tuple[str, ...] = ()  # names in peers_h200.json, the best first
 
 
@@ -111,29 +110,7 @@ def hard_masks(op: Op, dim: int) -> Hard:
     yield options | {"segment_ids": ids}, {"sinks, documents": inputs | {"sinks": jnp.asarray([-2.0, 0.0, 1.0, 5.0])}}
 
 
-def scalar_decay(*, implementation: str | None = None, **inputs: Any) -> Any:
-    """The engine; names of `PASSES` are ways of its Hopper kernels, called directly."""
-    if implementation not in PASSES:
-        return linear.scalar_decay(**inputs, implementation=implementation)
-    from pallas_kernels.mosaic_gpu.scalar_decay import scalar_decay as kernel
-
-    q, v, gates = inputs["q"], inputs["v"], inputs["log_decay"]
-    gates = jnp.broadcast_to(gates, q.shape[:3]).astype(jnp.float32)
-    state = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
-    return kernel(q, inputs["k"], v, gates, state, None, scale=q.shape[3] ** -0.5, passes=implementation)
-
-
-PASSES = ("scans", "pipelined", "chunks")
-SCALAR = Op(
-    scalar_decay,
-    per_token,
-    chunked(128),
-    hard_gates,
-    RECURRENCE,
-    triton=True,
-    passes=PASSES,
-    peers=("fla.simple_gla",),
-)
+SCALAR = Op(linear.scalar_decay, per_token, chunked(64), hard_gates, RECURRENCE, triton=True, peers=("fla.simple_gla",))
 VECTOR = Op(linear.vector_decay, per_channel, chunked(64), hard_gates, RECURRENCE, peers=("fla.gla",))
 SOFTMAX = Op(
     attention,
@@ -167,7 +144,6 @@ OPERATIONS = {
             hard=hard_steps,
             carried="initial_state",
             triton=False,
-            passes=(),
             peers=(),
         )
         for name, op in (("scalar_decay", SCALAR), ("vector_decay", VECTOR))

@@ -1,12 +1,11 @@
 """Our kernels on this GPU: each case checked against the float32 oracle, then timed by loops under one jit.
 
-    python -m experiments.bench_ops [--baseline] [--triton] [--peers] [--passes] [--op=scalar_decay ...]
+    python -m experiments.bench_ops [--baseline] [--triton] [--peers] [--op=scalar_decay ...]
         [--shape=4,8192,16,128 ...] [--minutes=8] [--output=DIR]
 
 The cases are in `bench_cases.py`. A shape is B,T,H,D; one with T = 1 is for the steps of decoding, any other for the
-rest. The kernels of Mosaic GPU come first, then what `--passes` (every way of theirs that has a name) and `--baseline`
-(XLA and, for attention, cuDNN) add, then `--triton`. Attention of 65,536 tokens and more, which XLA takes seconds for,
-is left out where no shape is named.
+rest. The kernels of Mosaic GPU come first, then what `--baseline` (XLA and, for attention, cuDNN) adds, then
+`--triton`. Attention of 65,536 tokens and more, which XLA takes seconds for, is left out where no shape is named.
 
 Milliseconds are the median of loops whose every pass depends on the one before; steps carry their state. The spread is
 the range over the median. First calls are seconds of tracing, compiling and one pass. TB/s counts each input and output
@@ -49,9 +48,6 @@ OPS = flags.DEFINE_multi_string("op", None, "names begin with one of these; defa
 SHAPES = flags.DEFINE_multi_string("shape", None, "B,T,H,D; default: all of the table", flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string("output", "runs/bench_ops", "where the table and the plot go", flag_values=FLAGS)
 BASELINE = flags.DEFINE_bool("baseline", False, "time XLA too, and cuDNN", flag_values=FLAGS)
-ALL_PASSES = flags.DEFINE_bool(
-    "passes", False, "time every way of the Hopper kernels that has a name", flag_values=FLAGS
-)
 TRITON = flags.DEFINE_bool("triton", False, "time the Triton kernels too", flag_values=FLAGS)
 PEERS_TOO = flags.DEFINE_bool("peers", False, "time flash-linear-attention and cuDNN in this run", flag_values=FLAGS)
 MINUTES = flags.DEFINE_float("minutes", None, "begin no case after this many", flag_values=FLAGS)
@@ -79,7 +75,6 @@ def cases() -> list[tuple[str, Shape, str]]:
                 print(f"left out: {name} at {text}, too slow for XLA; --shape={text} asks for it")
                 continue
             found[0].append((name, shape, "mosaic_gpu"))
-            found[1] += [(name, shape, way) for way in op.passes if ALL_PASSES.value]
             found[1] += [(name, shape, baseline) for baseline in op.baselines if BASELINE.value]
             found[2] += [(name, shape, "triton")] if TRITON.value and op.triton else []
     return [case for group in found for case in group]
@@ -119,7 +114,7 @@ def floor(done: Work, device: Any) -> float | None:
 
 def measured(name: str, shape: Shape, implementation: str) -> dict[str, Any]:
     op, device = OPERATIONS[name], jax.devices()[0]
-    ours = implementation in ("mosaic_gpu", "triton", *op.passes)
+    ours = implementation in ("mosaic_gpu", "triton")
     row: dict[str, Any] = {
         "op": name,
         "shape": ",".join(map(str, shape)),

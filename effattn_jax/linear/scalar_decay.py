@@ -63,7 +63,7 @@ def scalar_decay(
         a scan over chunks), "associative" (the same, chunks combined by `lax.associative_scan`): algorithms for one
         answer. None takes the single step for T = 1, else chunkwise.
       implementation: where it runs, see `effattn_jax.dispatch`: "xla", "mosaic_gpu" (Hopper; bfloat16 or float16, K and
-        V up to 128) or "mosaic_tpu" (bfloat16 or float32, K and V up to 256; interpreted and compiled so far, not yet
+        V up to 256) or "mosaic_tpu" (bfloat16 or float32, K and V up to 256; interpreted and compiled so far, not yet
         run on a TPU). The kernels are chunkwise, or for one token a step (K and V multiples of 64 up to 256, every
         dtype of theirs and float32); differentiable once. None takes "mosaic_gpu" for chunks on one GPU that supports
         the call, or inside shard_map(check_vma=False), else "xla". A kernel named on a CPU is interpreted, which is

@@ -29,47 +29,66 @@ GATES = jnp.float16
 FORGOTTEN = -3e4  # in place of gates that float16 has no number for; the sum of two is one still
 HALVES = jnp.bfloat16  # two of them hold a float32 number to 2^-17
 
+FIRST, END, INTO, OUT_OF, THROUGH = range(5)  # rows of `documents`, see `vector_scores`
+
 WGMMA = plgpu.Layout.WGMMA
 Level = int | jax.Array
 
 
-def rows_and_columns(columns: int = CHUNK) -> tuple[jax.Array, jax.Array]:
-    i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=WGMMA) for axis in (0, 1))
-    return i, j
+def token_of_row() -> jax.Array:
+    """[64], laid out as the rows are. What depends on the row alone is made here, once for all columns of a thread."""
+    return plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=WGMMA.reduce(1))
+
+
+def token_of_column() -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=WGMMA.reduce(0))
+
+
+def rows_and_columns() -> tuple[jax.Array, jax.Array]:
+    return down(token_of_row()), along(token_of_column())
 
 
 def is_upper(level: Level, columns: int = CHUNK) -> jax.Array:
-    return (rows_and_columns(columns)[0] >> level) & 1 == 1
+    return down((token_of_row() >> level) & 1, columns) == 1
+
+
+def in_document(documents: Any) -> jax.Array:
+    """Whether j is of the document of i, whose first token and the one after its last are the rows FIRST and END.
+    With loads in two layouts, of rows and of columns, the inference of layouts searched for minutes."""
+    first, end = (load_rows(documents.at[row]).astype(jnp.int32) for row in (FIRST, END))
+    return _between(first, end)
 
 
 def is_pair(level: Level) -> jax.Array:
     """Whether i and j differ first in this bit. In these terms nothing of 64 x 64 is the same for all levels, which the
     compiler would keep in registers."""
-    i, j = rows_and_columns()
-    return (j >> level) == ((i >> level) ^ 1)
+    return along(token_of_column() >> level) == down((token_of_row() >> level) ^ 1)
 
 
 def gates_of_query(level: Level, before: bool) -> jax.Array:
     """P of queries: the gates from the middle up to token i, its own among them unless the read is before the write."""
-    i, t = rows_and_columns()
-    return ((i >> level) == (t >> level)) & ((t < i) if before else (t <= i))
+    i = token_of_row()
+    return _between((i >> level) << level, i if before else i + 1)
 
 
 def gates_of_key(level: Level) -> jax.Array:
     """P of keys: the gates after token i, before the middle."""
-    i, t = rows_and_columns()
-    return ((i >> level) == (t >> level)) & (t > i)
+    i = token_of_row()
+    return _between(i + 1, ((i >> level) + 1) << level)
 
 
 def gates_of_level(level: Level, before: bool) -> jax.Array:
-    """P of a level, of queries in upper halves and of keys in lower ones: first <= t < end, in one comparison."""
-    i, t = rows_and_columns()
+    """P of a level, of queries in upper halves and of keys in lower ones."""
+    i = token_of_row()
+    upper = (i >> level) & 1 == 1
     start = (i >> level) << level
-    after = i + 1
-    upper = is_upper(level)
-    first = jnp.where(upper, start, after)
-    end = jnp.where(upper, i if before else after, start + (1 << level))
-    return (t - first).astype(jnp.uint32) < (end - first).astype(jnp.uint32)
+    return _between(jnp.where(upper, start, i + 1), jnp.where(upper, i if before else i + 1, start + (1 << level)))
+
+
+def _between(first: jax.Array, end: jax.Array) -> jax.Array:
+    """first <= t < end of each row, in one comparison."""
+    past_first = along(token_of_column()) - down(first)
+    return past_first.astype(jnp.uint32) < down((end - first).astype(jnp.uint32))
 
 
 def product(acc: Any, left: jax.Array, right: Any, through: Any) -> None:
@@ -90,7 +109,7 @@ def sums(pattern: jax.Array, right: Any, zero: jax.Array, through: Any) -> jax.A
     The zero comes from memory: where ptxas (CUDA 13.0) knew all numbers of a register of P, as for t >= i in the first
     columns, rows of the product were garbage on an H100.
     """
-    left = jnp.where(pattern, zero + 1, zero).astype(right.dtype)
+    left = jnp.where(pattern, (zero + 1).astype(right.dtype), zero.astype(right.dtype))
 
     def add(acc: Any) -> jax.Array:
         product(acc, left, right, through)
@@ -109,10 +128,9 @@ def put_halves(values: jax.Array, high: Any, low: Any) -> None:
 
     Warps that are done with a product must not overwrite what others still multiply: all wait for each other first.
     """
-    upper = values.astype(HALVES)
     plgpu.commit_smem()
-    high[...] = upper
-    low[...] = (values - upper.astype(jnp.float32)).astype(HALVES)
+    high[...] = values.astype(HALVES)
+    low[...] = (values - load(high)).astype(HALVES)
     plgpu.commit_smem()
 
 

@@ -2,8 +2,8 @@
 
     S_t = e^{g_t} S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
 
-For K and V up to 128 one kernel does all of it, four times (`scalar_scans`); the passes of `scalar_chunks` take larger
-ones too, where they are named.
+For K and V up to 128 one kernel does all of it, four times (`scalar_scans`); larger ones take the passes of
+`scalar_chunks`.
 
 Nothing but the inputs is kept for the backward pass.
 
@@ -11,15 +11,15 @@ The start of a document has the gate -120: e^{-120} is 0 in float32, so all that
 stronger are taken for -120 too. When nothing asks for the gradient of the gates, it costs nothing.
 
 Floors of the forward pass at B4 T8192 H16 K = V = 128: q, k, v and o once are 0.54 GB, 0.13 ms at the 4.25 TB/s of an
-H200; the products are 86 GFLOP with the scores made twice, 0.11 ms at 790 TFLOP/s. q and k are read by two blocks of
-threads each, which run at the same time: the second read is one of the cache. The backward pass moves 2.1 GB, 0.51 ms,
-and makes three times the products. Measured on an H200: 0.274 ms forward, 1.465 with the backward pass.
+H200; the products are 60 GFLOP with the scores made twice, 0.08 ms at 790 TFLOP/s. q and k are read by two blocks of
+threads each, which run at the same time: the second read is one of the cache. The backward pass moves 2.4 GB, 0.57 ms,
+and makes three times the products. Measured on an H200: 0.221 ms forward, 0.986 with the backward pass; the passes of
+`scalar_chunks` take 0.364 and 1.213 there.
 
 Dao and Gu 2024, arXiv:2405.21060 (the chunked form).
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,15 +31,7 @@ from pallas_kernels.mosaic_gpu.rows import fold_rows
 from pallas_kernels.mosaic_gpu.scan import CHUNK
 
 DIMS = (64, 128, 256)  # of q, k and v; others are filled up with zeros
-SCANS = 128  # the largest that `scalar_scans` takes
-PASSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # forward and backward
-    "scans": (scalar_scans.forward, scalar_scans.backward),
-    "pipelined": (
-        functools.partial(scalar_scans.forward, pipelined=True),
-        functools.partial(scalar_scans.backward, pipelined=True),
-    ),
-    "chunks": (scalar_chunks.forward, scalar_chunks.backward),
-}
+SCANS = 128  # the largest that `scalar_scans` takes; beyond, `scalar_chunks`
 
 
 def scalar_decay(
@@ -52,7 +44,6 @@ def scalar_decay(
     *,
     scale: float,
     parts: int | None = None,
-    passes: str | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The equation above for every head: out [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.
@@ -67,11 +58,10 @@ def scalar_decay(
         padding: such a token writes nothing, reads zero and lets the state pass.
       scale: > 0.
       parts: how many each row is cut into; None: as many as fill the chip.
-      passes: "scans" or "pipelined" (K and V up to 128) or "chunks"; None: scans, which alone ran on a GPU so far.
       interpret: parameters of the interpreter that runs the kernel on a CPU.
 
     Raises:
-      NotImplementedError: other dtypes, K or V above what the passes take, a scale that is not a positive number.
+      NotImplementedError: other dtypes, K or V above 256, a scale that is not a positive number.
     """
     if v.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != v.dtype or k.dtype != v.dtype:
         raise NotImplementedError(f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}; needs one of bfloat16, float16")
@@ -81,9 +71,6 @@ def scalar_decay(
     if not isinstance(scale, (int, float)) or not scale > 0:
         raise NotImplementedError(f"scale {scale}; needs a positive number")
     keys, values = (next(size for size in DIMS if size >= dim) for dim in (key_dim, value_dim))
-    if max(keys, values) > SCANS and passes != "chunks":
-        raise NotImplementedError(f"K = {key_dim}, V = {value_dim}; needs at most {SCANS}: 'chunks' never ran on a GPU")
-    passes = passes or "scans"
     tail = -length % CHUNK
     if segment_ids is not None:
         real = (segment_ids >= 0)[..., None, None]
@@ -92,13 +79,12 @@ def scalar_decay(
     q, k, v = (_fill(x, (0, tail, 0, dim - x.shape[-1])) for x, dim in ((q, keys), (k, keys), (v, values)))
     log_decay = _fill(log_decay, (0, tail, 0))
     initial_state = _fill(initial_state, (0, 0, keys - key_dim, values - value_dim))
-    call = Call(passes, float(scale), parts, interpret)
+    call = Call(float(scale), parts, interpret)
     out, state = _scalar_decay(call, q, k, v, log_decay, initial_state, segment_ids)
     return out[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]
 
 
 class Call(NamedTuple):
-    passes: str
     scale: float
     parts: int | None
     interpret: Any
@@ -117,7 +103,7 @@ def _scalar_decay(
     initial_state: jax.Array,
     segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    run = functools.partial(PASSES[call.passes][0], **call.options())
+    run = functools.partial(_passes(q, v).forward, **call.options())
     return fold_rows(run, (0,) * 6)(q, k, v, log_decay, initial_state, segment_ids)
 
 
@@ -130,7 +116,7 @@ def _forward(call: Call, *primals: Any) -> tuple[Any, Any]:
 def _backward(call: Call, kept: Any, cotangents: Any) -> tuple[Any, ...]:
     arrays, gates = kept
     cotangents = [jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents]
-    run = functools.partial(PASSES[call.passes][1], gates=gates is not None, **call.options())
+    run = functools.partial(_passes(arrays[0], arrays[2]).backward, gates=gates is not None, **call.options())
     dq, dk, dv, d_log_decay, d_initial = fold_rows(run, (0,) * 8)(*arrays, *cotangents)
     grouped = lambda dx, x: dx.reshape(*x.shape[:3], -1, x.shape[3]).sum(3) if dx.shape != x.shape else dx  # noqa: E731
     q, k, v = arrays[:3]
@@ -138,6 +124,10 @@ def _backward(call: Call, kept: Any, cotangents: Any) -> tuple[Any, ...]:
 
 
 _scalar_decay.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _passes(q: jax.Array, v: jax.Array) -> Any:
+    return scalar_scans if max(q.shape[-1], v.shape[-1]) <= SCANS else scalar_chunks
 
 
 def _fill(x: jax.Array, tails: tuple[int, ...], value: float = 0) -> jax.Array:

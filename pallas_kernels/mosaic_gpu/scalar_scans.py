@@ -23,7 +23,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu.gate_sums import Sums, gate_gradient, sums_of_gates
 from pallas_kernels.mosaic_gpu.parts import scan_in_parts
-from pallas_kernels.mosaic_gpu.pipelined_scan import CHUNK as PIPELINED_CHUNK
 from pallas_kernels.mosaic_gpu.scan import CHUNK, Factors
 
 NOTHING = -1e30  # the exponent of a token that is not there
@@ -41,12 +40,10 @@ def forward(
     scale: float,
     parts: int | None,
     interpret: Any,
-    pipelined: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Out and the last state; T is a multiple of 128, K and V are 64 or 128; `pipelined`: by that kernel."""
-    chunk = PIPELINED_CHUNK if pipelined else CHUNK
-    factors = _forward_factors(sums_of_gates(log_decay, segment_ids, chunk), scale)
-    scan = functools.partial(scan_in_parts, parts=parts, pipelined=pipelined, interpret=interpret)
+    """Out and the last state; T is a multiple of 64, K and V are 64 or 128."""
+    factors = _forward_factors(sums_of_gates(log_decay, segment_ids, CHUNK), scale)
+    scan = functools.partial(scan_in_parts, parts=parts, interpret=interpret)
     return scan(q, k, v, factors, initial_state)[:2]
 
 
@@ -64,11 +61,10 @@ def backward(
     gates: bool,
     parts: int | None,
     interpret: Any,
-    pipelined: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """dq, dk and dv of every head of the H, the gradient of the gates, if it is asked for, and dS_0."""
-    scan = functools.partial(scan_in_parts, parts=parts, pipelined=pipelined, interpret=interpret)
-    sums = sums_of_gates(log_decay, segment_ids, PIPELINED_CHUNK if pipelined else CHUNK)
+    scan = functools.partial(scan_in_parts, parts=parts, interpret=interpret)
+    sums = sums_of_gates(log_decay, segment_ids, CHUNK)
     ahead, back = _forward_factors(sums, scale), _reverse_factors(sums, scale)
     transposed = lambda s: jnp.swapaxes(s, 2, 3)  # noqa: E731
     dots_q, dots_k = (q, k) if gates else (None, None)

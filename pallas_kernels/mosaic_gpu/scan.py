@@ -2,28 +2,25 @@
 
     O_i = sum_j [j <= i] e^{a_i + b_j} (q_i . k_j) v_j + r_i S^T q_i        S' = keep S + sum_j w_j k_j v_j^T
 
-for every chunk of 128 tokens, from the first to the last or, with j >= i, from the last to the first. What the factors
+for every chunk of 64 tokens, from the first to the last or, with j >= i, from the last to the first. What the factors
 a, b, r, w and keep mean is the caller's affair; all of them are made outside, from sums of gates.
 
-Schedule. A block of threads walks along one row, one head and 64 columns of v; the state [K, 64] never leaves it.
-  memory warpgroup   TMA copies of q, k [128, K], v [128, 64] and the factors, two chunks deep.
-  two warpgroups     64 tokens each: scores (q k^T), their decay, then the products with v; each keeps half the rows of
-                     the state in registers (float32) and writes them to shared memory (bfloat16) for the other to read.
-Per warpgroup and chunk, one product after the other: q k^T, while w v goes to shared memory; with the state; the
-decayed scores with v; the change of the state. Barriers a chunk: one when w v and the state are in shared memory, one
-when both have read them.
+Schedule. A block of threads walks along one row, one head and 64 columns of v.
+  memory     one warpgroup with nothing but TMA copies of q, k [64, K], v, x [64, 64] and the factors, some chunks
+             ahead, and of other states, one ahead.
+  scores     one warpgroup makes the decayed scores and w v of a chunk, up to two chunks ahead: nothing of it needs the
+             state.
+  state      one warpgroup has the state [K, 64] in registers (float32) and a copy in shared memory (bfloat16). All
+             products of a chunk are in flight at once: with the state, of the scores with v, and the state's change.
+             Products with other states are made meanwhile.
+So the exponentials of one chunk are made while the products of the one before run.
 
-What was tried, B4 T8192 H16 K = V = 128, bfloat16, jax 0.11.2, milliseconds:
-  0.274          as it is, forward with the factors, on an H200
-  0.277          the kernel alone, on an H100
-  0.280          there: decays first, then the other three products in flight together
-  0.315          there: both products with the state before the decays, the barrier split around the last product
-  0.412          on an H200: the products with the state in flight while the decays are made, the new state stored while
-                 the last one runs
-The later ones keep more accumulators at once, and ptxas has 168 registers a thread for all three warpgroups: it spills
-up to 316 bytes. With x and the other states loaded at the start of a chunk, to hide their way from memory, the scans of
-dk and dq took 0.43 and 0.52 on an H100; with x alone loaded late, and no states kept or read, 0.34 on an H200. Today's
-scans, all loads late, were timed only within the whole backward pass, before rows could be cut into parts.
+What was tried, B4 T8192 H16 K = V = 128, bfloat16, jax 0.11.2, milliseconds on an H200 of scalar decay forward and
+with the backward pass:
+  0.270, 1.304   chunks of 128, two warpgroups with half of the tokens and of the state each and a memory warpgroup; x
+                 and the other states loaded late, straight into registers
+  0.221, 1.282   these roles, with x and the other states still loaded by the warpgroup of the state when it needs them
+  0.221, 0.986   as it is
 """
 
 from typing import Any, NamedTuple
@@ -34,22 +31,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-CHUNK = 128
-ROWS = 64  # tokens of a warpgroup
+CHUNK = 64
 COLUMNS = 64  # of v, of a block of threads
-STEPS = 2  # chunks in flight
+AHEAD = 2  # chunks of scores that wait for the state
+SCORES, STATE, MEMORY = range(3)  # warpgroups
+REGISTERS = {SCORES: 192, STATE: 240, MEMORY: 40}  # a thread
 FACTORS = ("a", "b", "r", "w", "keep")
 
 WGMMA = plgpu.Layout.WGMMA
-
-
-class Extras(NamedTuple):
-    """What gradients of gates are made of, in float32; None where it was not asked for."""
-
-    inside: Any  # [B, H, T]: sums over channels of x and of what comes from the chunk itself,
-    before: Any  # and of what comes from the state that enters it
-    states: Any  # [B, H, N, K, V], v's dtype: the state that enters each chunk
-    overlap: Any  # [B, H, N]: its product with another one
 
 
 class Factors(NamedTuple):
@@ -61,6 +50,15 @@ class Factors(NamedTuple):
     r: jax.Array
     w: jax.Array
     keep: jax.Array
+
+
+class Extras(NamedTuple):
+    """What gradients of gates are made of, in float32; None where it was not asked for."""
+
+    inside: Any  # [B, H, T]: sums over channels of x and of what comes from the chunk itself,
+    before: Any  # and of what comes from the state that enters it
+    states: Any  # [B, H, N, K, V], v's dtype: the state that enters each chunk
+    overlap: Any  # [B, H, N]: its product with another one
 
 
 def scan(
@@ -81,21 +79,18 @@ def scan(
 
     Args:
       q, k: [B, T, heads, K], v: [B, T, heads, V], x: [B, T, heads, V]; heads divide H, each serves consecutive ones.
-        T is a multiple of 128, K is 64 or 128, V a multiple of 64.
+        T is a multiple of 64, K is 64 or 128, V a multiple of 64.
       factors: of the tokens, see above.
       initial_state: [B, H, K, V], float32: what the first chunk (the last one, in reverse) finds.
       others: [B, H, N, K, V] in v's dtype, states of another scan over the same chunks.
       reverse: from the last chunk to the first; a token reads those after it and itself.
-      interpret: of `pallas_call`; then products take their left side from shared memory.
+      interpret: of `pallas_call`.
     """
-    batch, length, _, key_dim = q.shape
+    batch, length, _, key_dim = k.shape
     value_dim, heads = v.shape[-1], initial_state.shape[1]
-    chunks = length // CHUNK
+    chunks, slices, dtype = length // CHUNK, value_dim // COLUMNS, v.dtype
     packed = jnp.stack(factors, 3).reshape(batch, heads, chunks * len(FACTORS), CHUNK)
-    slices = value_dim // COLUMNS
-    split = key_dim > ROWS  # of the rows of the state over the warpgroups; else both keep all
-    state_rows = key_dim // 2 if split else key_dim
-    dtype = v.dtype
+    steps = min(3 if key_dim > 64 else 4, chunks)
 
     def kernel(
         q_ref: Any,
@@ -110,137 +105,156 @@ def scan(
         dots_ref: Any,
         states_ref: Any,
         overlap_ref: Any,
-        written: Any,
-        state_smem: Any,
-        out_smem: Any,
-        scores_smem: Any,
+        q_s: Any,
+        k_s: Any,
+        v_s: Any,
+        factors_s: Any,
+        scores_s: Any,
+        written_s: Any,
+        state_s: Any,
+        out_s: Any,
+        x_s: Any,
+        others_s: Any,
+        loaded: Any,
+        released: Any,
         ready: Any,
         consumed: Any,
+        others_loaded: Any,
+        others_released: Any,
     ) -> None:
         part, head, row = lax.axis_index("part"), lax.axis_index("head"), lax.axis_index("row")
         wg = lax.axis_index("wg")
-        mine, columns = pl.ds(wg * ROWS, ROWS), pl.ds(part * COLUMNS, COLUMNS)
-        own_rows = pl.ds(wg * state_rows, state_rows) if split else pl.ds(0, state_rows)
+        columns = pl.ds(part * COLUMNS, COLUMNS)
         served = lambda ref: lax.div(head, jnp.int32(heads // ref.shape[2]))  # noqa: E731
         chunk_of = lambda n: chunks - 1 - n if reverse else n  # noqa: E731
+        down = lambda vector, shape: lax.broadcast_in_dim(vector, shape, [0])  # noqa: E731
+        load = lambda ref: plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)  # noqa: E731
 
-        def put_state(state: jax.Array) -> None:
-            def put() -> None:
-                state_smem[own_rows, :] = state.astype(dtype)
+        def of_rows(slot: jax.Array, name: str) -> jax.Array:
+            return plgpu.load(factors_s.at[slot, FACTORS.index(name)], layout=WGMMA.reduce(1), optimized=False)
 
-            put() if split else pl.when(wg == 0)(put)
+        @pl.when(wg == MEMORY)
+        def memory() -> None:
+            plgpu.set_max_registers(REGISTERS[MEMORY], action="decrease")
 
-        def around(pipeline: Any) -> None:
-            start = plgpu.load(start_ref.at[row, head, own_rows, columns], layout=WGMMA, optimized=False)
-            put_state(start)
-            state = pipeline(start)
+            def step(n: jax.Array, _: None) -> None:
+                slot, chunk = lax.rem(n, steps), chunk_of(n)
+                tokens = pl.ds(chunk * CHUNK, CHUNK)
 
-            def put() -> None:
-                state_ref[row, head, own_rows, columns] = state
+                @pl.when(n >= steps)
+                def wait() -> None:
+                    plgpu.barrier_wait(released.at[slot])
 
-            put() if split else pl.when(wg == 0)(put)
+                full = loaded.at[slot]
+                plgpu.copy_gmem_to_smem(q_ref.at[row, tokens, served(q_ref), :], q_s.at[slot], full)
+                plgpu.copy_gmem_to_smem(k_ref.at[row, tokens, served(k_ref), :], k_s.at[slot], full)
+                plgpu.copy_gmem_to_smem(v_ref.at[row, tokens, served(v_ref), columns], v_s.at[slot], full)
+                some = pl.ds(chunk * len(FACTORS), len(FACTORS))
+                plgpu.copy_gmem_to_smem(factors_ref.at[row, head, some], factors_s.at[slot], full)
+                if x_ref is not None:
+                    plgpu.copy_gmem_to_smem(x_ref.at[row, tokens, served(x_ref), columns], x_s.at[slot], full)
+                if others_ref is not None:
+                    pl.when(n >= 1)(lambda: plgpu.barrier_wait(others_released))
+                    other = others_ref.at[row, head, chunk, :, columns]
+                    plgpu.copy_gmem_to_smem(other, others_s, others_loaded)
+
+            lax.fori_loop(0, chunks, step, None)
+            for slot in range(steps):
+                plgpu.barrier_wait(released.at[slot])
+            if others_ref is not None:
+                plgpu.barrier_wait(others_released)
+
+        @pl.when(wg == SCORES)
+        def make_scores() -> None:
+            plgpu.set_max_registers(REGISTERS[SCORES], action="increase")
+            i = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=WGMMA.reduce(1))
+            j = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=WGMMA.reduce(0))
+
+            def step(n: jax.Array, _: None) -> None:
+                slot, place = lax.rem(n, steps), lax.rem(n, AHEAD)
+                plgpu.barrier_wait(loaded.at[slot])
+
+                def multiply(acc: Any) -> jax.Array:
+                    plgpu.wgmma(acc, q_s.at[slot], k_s.at[slot].T)
+                    return acc[...]
+
+                qk = pl.run_scoped(multiply, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
+                b = plgpu.load(factors_s.at[slot, FACTORS.index("b")], layout=WGMMA.reduce(0), optimized=False)
+                exponent = down(of_rows(slot, "a"), qk.shape) + lax.broadcast_in_dim(b, qk.shape, [1])
+                rows, others = down(i, qk.shape), lax.broadcast_in_dim(j, qk.shape, [1])
+                exponent = jnp.where(others >= rows if reverse else others <= rows, exponent, -1e30)
+                values = load(v_s.at[slot])
+                values = values * down(of_rows(slot, "w"), values.shape)
+
+                @pl.when(n >= AHEAD)
+                def wait() -> None:
+                    plgpu.barrier_wait(consumed.at[place])
+
+                scores_s[place] = (qk * jnp.exp2(exponent)).astype(dtype)
+                written_s[place] = values.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.at[place])
+                plgpu.barrier_arrive(released.at[slot])
+
+            lax.fori_loop(0, chunks, step, None)
+            for place in range(min(AHEAD, chunks)):
+                plgpu.barrier_wait(consumed.at[place])
+
+        @pl.when(wg == STATE)
+        def carry_state() -> None:
+            plgpu.set_max_registers(REGISTERS[STATE], action="increase")
+            start = plgpu.load(start_ref.at[row, head, :, columns], layout=WGMMA, optimized=False)
+            state_s[...] = start.astype(dtype)
+            plgpu.commit_smem()
+
+            def step(n: jax.Array, state: jax.Array) -> jax.Array:
+                slot, place, chunk = lax.rem(n, steps), lax.rem(n, AHEAD), chunk_of(n)
+                tokens = pl.ds(chunk * CHUNK, CHUNK)
+                if states_ref is not None:
+                    plgpu.copy_smem_to_gmem(state_s, states_ref.at[row, head, chunk, :, columns])
+                plgpu.barrier_wait(loaded.at[slot])
+                plgpu.barrier_wait(ready.at[place])
+
+                def products(before: Any, inside: Any, change: Any) -> tuple[jax.Array, ...]:
+                    plgpu.wgmma(before, q_s.at[slot], state_s)
+                    plgpu.wgmma(change, k_s.at[slot].T, written_s.at[place])
+                    plgpu.wgmma(inside, scores_s.at[place], v_s.at[slot])
+                    if others_ref is not None:
+                        plgpu.barrier_wait(others_loaded)
+                        overlap = jnp.sum(state * load(others_s), axis=1)
+                        plgpu.barrier_arrive(others_released)
+                        overlap_ref[part, row, head, chunk] = overlap
+                    return before[...], inside[...], change[...]
+
+                before, inside, change = pl.run_scoped(
+                    products,
+                    plgpu.ACC((CHUNK, COLUMNS), jnp.float32),
+                    plgpu.ACC((CHUNK, COLUMNS), jnp.float32),
+                    plgpu.ACC((key_dim, COLUMNS), jnp.float32),
+                )
+                plgpu.barrier_arrive(consumed.at[place])
+                before = before * down(of_rows(slot, "r"), before.shape)
+                state = state * factors_s[slot, FACTORS.index("keep"), 0] + change
+                dots = []
+                if x_ref is not None:
+                    factor = load(x_s.at[slot])
+                    dots = [jnp.sum(inside * factor, axis=1), jnp.sum(before * factor, axis=1)]
+                plgpu.barrier_arrive(released.at[slot])
+                # the copies before have read what is overwritten, and all warps are done with the products
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                state_s[...] = state.astype(dtype)
+                out_s[...] = (inside + before).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_s, out_ref.at[row, tokens, head, columns])
+                for i, dot in enumerate(dots):
+                    dots_ref[part, i, row, head, tokens] = dot
+                return state
+
+            state_ref[row, head, :, columns] = lax.fori_loop(0, chunks, step, start)
             plgpu.wait_smem_to_gmem(0)
 
-        def body(indices: Any, q_s: Any, k_s: Any, v_s: Any, f_s: Any, state: jax.Array) -> jax.Array:
-            chunk = chunk_of(indices[0])
-            tokens = pl.ds(chunk * CHUNK + wg * ROWS, ROWS)
-            of_rows = lambda name: plgpu.load(  # noqa: E731
-                f_s.at[FACTORS.index(name), mine], layout=WGMMA.reduce(1), optimized=False
-            )
-            down = lambda vector, shape: lax.broadcast_in_dim(vector, shape, [0])  # noqa: E731
-
-            def scores(acc: Any) -> jax.Array:
-                plgpu.wgmma(acc, q_s.at[mine], k_s.T)
-                values = plgpu.load(v_s.at[mine], layout=WGMMA, optimized=False).astype(jnp.float32)
-                written[mine, :] = (values * down(of_rows("w"), values.shape)).astype(dtype)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(ready)
-                return acc[...]
-
-            qk = pl.run_scoped(scores, plgpu.ACC((ROWS, CHUNK), jnp.float32))
-            plgpu.barrier_wait(ready)
-            if states_ref is not None:
-                half = pl.ds(wg * (key_dim // 2), key_dim // 2)
-                plgpu.copy_smem_to_gmem(state_smem.at[half], states_ref.at[row, head, chunk, half, columns])
-
-            def read(acc: Any) -> jax.Array:
-                plgpu.wgmma(acc, q_s.at[mine], state_smem)
-                return acc[...]
-
-            def inside(acc: Any) -> jax.Array:
-                plgpu.wgmma(acc, scores_smem.at[mine] if interpret else decayed, v_s)
-                return acc[...]
-
-            def write(acc: Any) -> jax.Array:
-                plgpu.wgmma(acc, (k_s.at[:, own_rows] if split else k_s).T, written)
-                return acc[...]
-
-            before = pl.run_scoped(read, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-            b = plgpu.load(f_s.at[FACTORS.index("b")], layout=WGMMA.reduce(0), optimized=False)
-            exponent = down(of_rows("a"), qk.shape) + lax.broadcast_in_dim(b, qk.shape, [1])
-            i = plgpu.broadcasted_iota(jnp.int32, qk.shape, 0, layout=WGMMA) + wg * ROWS
-            j = plgpu.broadcasted_iota(jnp.int32, qk.shape, 1, layout=WGMMA)
-            exponent = jnp.where(j >= i if reverse else j <= i, exponent, -1e30)
-            decayed = (qk * jnp.exp2(exponent)).astype(dtype)
-            if interpret:
-                scores_smem[mine, :] = decayed
-                plgpu.commit_smem()
-            out = pl.run_scoped(inside, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-            before = before * down(of_rows("r"), out.shape)
-            if x_ref is not None:
-                factor = plgpu.load(x_ref.at[row, tokens, served(x_ref), columns], layout=WGMMA, optimized=False)
-                factor = factor.astype(jnp.float32)
-                dots_ref[part, 0, row, head, tokens] = jnp.sum(out * factor, axis=1)
-                dots_ref[part, 1, row, head, tokens] = jnp.sum(before * factor, axis=1)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[mine, :] = (out + before).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[mine], out_ref.at[row, tokens, head, columns])
-            if others_ref is not None:
-                other = plgpu.load(others_ref.at[row, head, chunk, own_rows, columns], layout=WGMMA, optimized=False)
-                overlap = jnp.sum(state * other.astype(jnp.float32), axis=1)
-
-                def put() -> None:
-                    overlap_ref[part, row, head, chunk, own_rows] = overlap
-
-                put() if split else pl.when(wg == 0)(put)
-            change = pl.run_scoped(write, plgpu.ACC((state_rows, COLUMNS), jnp.float32))
-            keep = plgpu.load(
-                f_s.at[FACTORS.index("keep"), pl.ds(0, state_rows)], layout=WGMMA.reduce(1), optimized=False
-            )
-            state = state * down(keep, state.shape) + change
-            if states_ref is not None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(consumed)
-            plgpu.barrier_wait(consumed)
-            put_state(state)
-            return state
-
-        tile = lambda columns, place: plgpu.BlockSpec((CHUNK, columns), place)  # noqa: E731
-        step: Any = body
-        plgpu.emit_pipeline_warp_specialized(
-            step,
-            grid=(chunks,),
-            max_concurrent_steps=STEPS,
-            num_compute_wgs=2,
-            memory_registers=40,
-            wg_axis="wg",
-            compute_context=around,
-            in_specs=[
-                tile(key_dim, lambda n: (chunk_of(n), 0)),
-                tile(key_dim, lambda n: (chunk_of(n), 0)),
-                tile(COLUMNS, lambda n: (chunk_of(n), part)),
-                plgpu.BlockSpec((len(FACTORS), CHUNK), lambda n: (chunk_of(n), 0)),
-            ],
-        )(
-            q_ref.at[row, :, served(q_ref), :],
-            k_ref.at[row, :, served(k_ref), :],
-            v_ref.at[row, :, served(v_ref), :],
-            factors_ref.at[row, head],
-        )
-
     shape = jax.ShapeDtypeStruct
-    bf16 = lambda *size: plgpu.SMEM(size, dtype)  # noqa: E731
+    slots = lambda count, *size, of=dtype: plgpu.SMEM((count, *size), of)  # noqa: E731
     out, state, dots, states, overlap = plgpu.kernel(
         kernel,
         out_type=(
@@ -255,12 +269,22 @@ def scan(
         num_threads=3,
         thread_name="wg",
         scratch_types=(
-            bf16(CHUNK, COLUMNS),
-            bf16(key_dim, COLUMNS),
-            bf16(CHUNK, COLUMNS),
-            bf16(CHUNK, CHUNK) if interpret else None,
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            slots(steps, CHUNK, key_dim),
+            slots(steps, CHUNK, key_dim),
+            slots(steps, CHUNK, COLUMNS),
+            slots(steps, len(FACTORS), CHUNK, of=jnp.float32),
+            slots(AHEAD, CHUNK, CHUNK),
+            slots(AHEAD, CHUNK, COLUMNS),
+            plgpu.SMEM((key_dim, COLUMNS), dtype),
+            plgpu.SMEM((CHUNK, COLUMNS), dtype),
+            None if x is None else slots(steps, CHUNK, COLUMNS),
+            None if others is None else plgpu.SMEM((key_dim, COLUMNS), dtype),
+            plgpu.Barrier(num_arrivals=4 if x is None else 5, num_barriers=steps),
+            plgpu.Barrier(num_arrivals=2, num_barriers=steps),
+            plgpu.Barrier(num_arrivals=1, num_barriers=AHEAD),
+            plgpu.Barrier(num_arrivals=1, num_barriers=AHEAD),
+            None if others is None else plgpu.Barrier(num_arrivals=1),
+            None if others is None else plgpu.Barrier(num_arrivals=1),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,

@@ -18,9 +18,10 @@ Only the scans go through a row in order, and they make no exponentials. What a 
 queries and keys and the scores, 0.6 KB a token and head at K = 128, beside the 1.5 KB of q, k, v, o and gates.
 
 Floors, B4 T8192 H16 K = V = 128 at 4.25 TB/s: 0.16 ms forward and 0.44 with the backward pass for inputs and outputs
-once; 0.34 and 1.3 ms for the passes above, each of whose modules has its own count. Measured on an H100 (2.9 TB/s):
-0.816 ms forward and 3.289 with the backward pass, 0.835 and 3.563 with a bonus: 0.556 for scores, 0.285 for the
-forward scan, 0.268 and 0.441 for those of the backward pass, 1.483 for the gradients.
+once; 0.34 and 1.3 ms for the passes above, each of whose modules has its own count. Measured on an H200: 0.655 ms
+forward and 2.147 with the backward pass, 0.713 and 2.473 with a bonus. An earlier form took 0.816 and 3.289 on an H100
+(2.9 TB/s): 0.556 for scores, 0.285 for the forward scan, 0.268 and 0.441 for those of the backward pass, 1.483 for the
+gradients.
 
 Documents: pairs of different documents are masked, queries that nothing reaches and keys that reach nothing too, so
 that gates need not be anything in particular where a document starts.
@@ -168,7 +169,7 @@ _vector_decay.defvjp(_forward, _backward)
 
 
 def _documents(segment_ids: jax.Array) -> jax.Array:
-    """[B, N, 4, 64] as `vector_scores` takes them: numbers, into, out of and through each chunk."""
+    """[B, N, 5, 64] as `vector_scores` takes them: first and end in, into, out of and through each chunk."""
     ids = jnp.maximum(jax.lax.cummax(segment_ids, axis=1), -1)
     starts = (ids[:, 1:] != ids[:, :-1]) & (ids[:, :-1] >= 0)  # padding before the first document is part of it
     number = jnp.pad(jnp.cumsum(starts, 1, dtype=jnp.int32), ((0, 0), (1, 0)))
@@ -176,7 +177,10 @@ def _documents(segment_ids: jax.Array) -> jax.Array:
     first = jnp.pad(number[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))  # the document that enters the chunk
     last = number[:, :, -1:]
     through = jnp.broadcast_to(first == last, number.shape)
-    return jnp.stack([number, number == first, number == last, through], 2).astype(jnp.float32)
+    same = number[..., :, None] == number[..., None, :]
+    start = jnp.argmax(same, -1)
+    rows = [start, start + jnp.sum(same, -1), number == first, number == last, through]
+    return jnp.stack(rows, 2).astype(jnp.float32)
 
 
 def _fill(x: jax.Array, tails: tuple[int, ...], value: float = 0) -> jax.Array:

@@ -14,7 +14,7 @@ the same float32 products of the same rounded X and dA. Reading before the write
 queries.
 
 Floors, B4 T8192 H16 K = V = 128: q, k, v, do, dq and dk are 0.81 GB, gates and their gradient 0.54 GB, the states of 64
-tokens 0.54 GB: 0.44 ms at 4.25 TB/s. The products are 29 of 64 x 64 x K a chunk: 0.5 TFLOP, 0.6 ms at 790 TFLOP/s.
+tokens 0.54 GB: 0.44 ms at 4.25 TB/s. The products are 26 of 64 x 64 x 128 a chunk: 0.22 TFLOP, 0.28 ms at 790 TFLOP/s.
 
 Schedule. A block is one warpgroup with one chunk of one head and 64 channels of K; two share a processor. dA is made by
 each of the K / 64 blocks again, from the same v and do.
@@ -23,6 +23,8 @@ What was tried, B4 T8192 H16 K = V = 128, bfloat16, on an H100, milliseconds:
   1.91    gates in two bfloat16 parts, selections instead of products with 0 and 1
   1.89    gates in float16, sums of gates' gradients in shared memory of v and do; ptxas spills 590 bytes
   1.48    nothing of 64 x 64 alive over all levels, arrays of the end used up one by one: 212 bytes
+On an H200, vector decay with its backward pass took 2.837, and 2.195 when this kernel needed 662 instructions a thread
+and level instead of 874, five of them reloads of spilled registers, and `vector_scores` had the same help.
 """
 
 import functools
@@ -35,8 +37,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import pair_levels as pairs
-from pallas_kernels.mosaic_gpu.pair_levels import CHUNK, GATES, HALVES, LEVELS, WHOLE
-from pallas_kernels.mosaic_gpu.vector_scores import INTO, LOG2E, OUT_OF, SAME
+from pallas_kernels.mosaic_gpu.pair_levels import CHUNK, GATES, HALVES, INTO, LEVELS, OUT_OF, WHOLE
+from pallas_kernels.mosaic_gpu.vector_scores import LOG2E
 
 COLUMNS = 64  # channels of a block
 
@@ -131,18 +133,16 @@ def vector_gradients(
         d_scores = jnp.where(i >= j, multiply(d_out_s, v_s.T), multiply(v_s, d_out_s.T)) * scale
         own = jnp.sum(jnp.where(i == j, d_scores, zero), axis=1)
         if of_documents is not None:
-            number = of_documents.at[SAME]
-            same = pairs.down(pairs.load_rows(number)) == pairs.along(pairs.load_columns(number))
-            d_scores = jnp.where(same, d_scores, zero)
+            d_scores = jnp.where(pairs.in_document(of_documents), d_scores, zero)
         d_scores = d_scores.astype(dtype)
 
         def add_level(level: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk, d_sums = sums
             upper = pairs.is_upper(level)
             e = decay(pairs.gates_of_level(level, before))
-            x = (jnp.where(upper, pairs.load(q_s), pairs.load(k_s)) * e).astype(dtype)
+            x = jnp.where(upper, pairs.load(q_s), pairs.load(k_s)) * e
             plgpu.commit_smem()  # all warps are done with the products of the level before
-            decayed[...] = x
+            decayed[...] = x.astype(dtype)
             plgpu.commit_smem()
             of_level = jnp.where(pairs.is_pair(level), d_scores, jnp.zeros((), dtype))
 
@@ -153,7 +153,7 @@ def vector_gradients(
             y = pl.run_scoped(send, plgpu.ACC((CHUNK, COLUMNS), jnp.float32))
             # products with 0 and 1 join the sums, selections would not
             queries = jnp.where(upper, jnp.float32(1), zero)
-            d_sums = d_sums + (x.astype(jnp.float32) * (2 * queries - 1)) * y
+            d_sums = d_sums + (pairs.load(decayed) * (2 * queries - 1)) * y
             y = e * y
             return dq + queries * y, dk + (1 - queries) * y, d_sums
 

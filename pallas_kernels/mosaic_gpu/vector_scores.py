@@ -4,17 +4,22 @@
     reads_i = scale q_i e^{gates up to i}        writes_j = k_j e^{gates after j}        keep = e^{all gates}
 
 Floors, B4 T8192 H16 K = 128: q, k and float32 gates in, reads, writes and A out are 0.87 GB, 0.20 ms at 4.25 TB/s. The
-products are 15 of 64 x 64 x K a chunk, two of gates for each of eight exponents less one, and the scores of six levels:
-0.2 TFLOP, 0.25 ms at 790 TFLOP/s. Exponentials: 8 a token and channel, 0.13 ms at 16 a cycle and processor.
+products are 14 of 64 x 64 x K a chunk, eight exponents and the scores of six levels: 0.12 TFLOP, 0.15 ms at 790
+TFLOP/s. Exponentials: 8 a token and channel, 0.13 ms at 16 a cycle and processor.
 
 Schedule. A block is one warpgroup with one chunk of one head; several share a processor, one loading while others
 multiply. Queries and keys come by TMA; gates go through registers into shared memory. The loop over levels is bound by
-instructions, about 700 a thread and level, not by products.
+instructions, about 700 a thread and level of 128 channels, not by products.
 
-What was tried, B4 T8192 H16 K = 128 on an H100, milliseconds:
+What was tried, B4 T8192 H16 K = 128, milliseconds. On an H100, of this kernel:
   0.755   gates in two bfloat16 parts, 64 channels at a time, masks that stay the same over the levels
   0.577   gates in float16, 64 channels at a time
-  0.556   as it is, 128 channels at a time (255 registers a thread, no spills)
+  0.556   the same, 128 channels at a time (255 registers a thread, no spills)
+On an H200, of the forward pass of vector decay, without and with a bonus:
+  0.742, 0.748   the last of these
+  0.706, 0.713   what depends on rows or columns alone made of vectors, no rounding of zeros and ones; 218 registers,
+                 two blocks a processor
+  0.655, 0.746   the same, 64 channels at a time; 157 registers, three blocks
 """
 
 import functools
@@ -28,11 +33,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import pair_levels as pairs
-from pallas_kernels.mosaic_gpu.pair_levels import CHUNK, GATES, LEVELS, WHOLE
+from pallas_kernels.mosaic_gpu.pair_levels import CHUNK, GATES, INTO, LEVELS, OUT_OF, THROUGH, WHOLE
 
-COLUMNS = 128  # channels at a time
+COLUMNS = {False: 64, True: 128}  # channels at a time, without a bonus and with one
 LOG2E = math.log2(math.e)
-SAME, INTO, OUT_OF, THROUGH = range(4)  # rows of `documents`
 
 
 def vector_scores(
@@ -51,16 +55,17 @@ def vector_scores(
       q, k: [B, T, heads, K]; heads divide H, each serves consecutive ones. T and K are multiples of 64.
       log_decay: [B, T, H, K], float32.
       bonus: [H, K], float32: then queries read before the write of their token.
-      documents: [B, N, 4, 64], float32: the number of the document of each token, and 1 or 0 for whether it is the one
-        that enters the chunk, whether it is the one that leaves, whether one passes through.
+      documents: [B, N, 5, 64], float32: of the document of each token its first place in the chunk and the one after
+        its last, and 1 or 0 for whether it is the one that enters the chunk, whether it is the one that leaves,
+        whether one passes through.
       scale: on A and reads.
       interpret: of `pallas_call`.
     """
     batch, length, _, key_dim = q.shape
     heads, chunks, dtype = log_decay.shape[2], length // CHUNK, q.dtype
-    width = min(COLUMNS, key_dim)
-    slices = [pl.ds(start, width) for start in range(0, key_dim, width)]
     before = bonus is not None
+    width = min(COLUMNS[before], key_dim)
+    slices = [pl.ds(start, width) for start in range(0, key_dim, width)]
 
     def kernel(
         q_ref: Any,
@@ -127,9 +132,7 @@ def vector_scores(
         # a loop: layouts of six copies of this body take the compiler seconds
         scores = lax.fori_loop(0, LEVELS, add_level, scores)
         if of_documents is not None:
-            number = of_documents.at[SAME]
-            same = pairs.down(pairs.load_rows(number)) == pairs.along(pairs.load_columns(number))
-            scores = jnp.where(same, scores, jnp.float32(0))
+            scores = jnp.where(pairs.in_document(of_documents), scores, jnp.float32(0))
         out_s[...] = jnp.where(i >= j, scores * scale, jnp.float32(0)).astype(dtype)
         plgpu.commit_smem()
         for columns in slices:

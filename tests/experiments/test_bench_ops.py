@@ -26,12 +26,12 @@ WITHOUT_GPU = pytest.mark.skipif(jax.default_backend() == "gpu", reason="would r
 # At B2 T8 H3 D4 an array of tokens in bfloat16 has 384 bytes, gates in float32 192 by token and 768 by channel.
 COUNTS = {
     "scalar_decay, gate per token": {
-        "forward": Work(4 * 384 + 192, 48 * (2 * 128 * 4 + 4 * 16)),
-        "forward_backward": Work(2 * (4 * 384 + 192) + 3 * 384 + 192, 3 * 52224),
+        "forward": Work(4 * 384 + 192, 48 * (2 * 64 * 4 + 4 * 16)),
+        "forward_backward": Work(2 * (4 * 384 + 192) + 3 * 384 + 192, 3 * 27648),
     },
     "scalar_decay, gate per head": {  # no gradient of the three gates
-        "forward": Work(4 * 384 + 12, 52224),
-        "forward_backward": Work(2 * (4 * 384 + 12) + 3 * 384, 3 * 52224),
+        "forward": Work(4 * 384 + 12, 27648),
+        "forward_backward": Work(2 * (4 * 384 + 12) + 3 * 384, 3 * 27648),
     },
     "vector_decay": {
         "forward": Work(4 * 384 + 768, 48 * (2 * 64 * 4 + 4 * 16)),

@@ -64,7 +64,7 @@ INTERPRET = plgpu.InterpretGPUParams()
     ids=["weak", "mild", "strong"],
 )
 def test_is_the_recurrence(gate):
-    check(*draw(256, gate=gate), interpret=INTERPRET)
+    check(*draw(192, gate=gate), interpret=INTERPRET)
 
 
 @pytest.mark.parametrize(
@@ -94,29 +94,31 @@ def test_groups_of_heads(heads):
     check(*draw(130, heads=heads), interpret=INTERPRET)
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("pipelined", "chunks")]
-passes_of_both = pytest.mark.parametrize("passes", ["scans", *OTHERS])
+# sizes above 128 take other passes
+both_passes = pytest.mark.parametrize(
+    "value_dim", [64, pytest.param(256, marks=pytest.mark.slow)], ids=["scans", "chunks"]
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "key_dim", "value_dim"), [(150, 64, 256), (70, 256, 200)])
 def test_chunks_take_larger_sizes(length, key_dim, value_dim):
-    check(*draw(length, key_dim, value_dim), passes="chunks", interpret=INTERPRET)
+    check(*draw(length, key_dim, value_dim), interpret=INTERPRET)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", ["pipelined", "chunks"])
+@pytest.mark.parametrize("sizes", [(128, 64), (64, 256)], ids=["scans", "chunks"])
 @pytest.mark.parametrize("gate", [6.0, 2.0, -4.0], ids=["weak", "mild", "strong"])
-def test_other_passes_are_the_recurrence(gate, passes):
-    check(*draw(256, 128, 64, heads=(1, 1, 2), gate=gate), passes=passes, interpret=INTERPRET)
+def test_both_passes_are_the_recurrence(gate, sizes):
+    check(*draw(256, *sizes, heads=(1, 1, 2), gate=gate), interpret=INTERPRET)
 
 
-@passes_of_both
+@both_passes
 @pytest.mark.slow
-def test_packed_documents(passes):
+def test_packed_documents(value_dim):
     ids = np.stack([row((0, 100), (1, 1), (2, 60), (-1, 9), (5, 130)), row((-1, 30), (3, 200), (4, 1), (-1, 69))])
-    arrays, d_out, d_state = draw(300, heads=(1, 1, 1), batch=2)
-    (out, _), (dq, _, _, dg, _) = check(arrays, d_out, d_state, ids, passes=passes, interpret=INTERPRET)
+    arrays, d_out, d_state = draw(300, 64, value_dim, heads=(1, 1, 1), batch=2)
+    (out, _), (dq, _, _, dg, _) = check(arrays, d_out, d_state, ids, interpret=INTERPRET)
     for x in (out, dq, dg):
         assert not np.asarray(x, np.float32)[ids < 0].any()
     assert not np.asarray(dg)[0, [100, 101, 170]].any()  # nothing is there to decay where a document starts
@@ -124,26 +126,26 @@ def test_packed_documents(passes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [3, 6])
-@passes_of_both
-def test_parts_of_a_row_are_the_row(parts, passes):
-    ids = np.stack([row((0, 200), (1, 128 * parts - 250), (-1, 40))])
-    check(*draw(128 * parts - 10, 64, 64, heads=(1, 1, 1)), ids, parts=parts, passes=passes, interpret=INTERPRET)
+@both_passes
+def test_parts_of_a_row_are_the_row(parts, value_dim):
+    ids = np.stack([row((0, 100), (1, 64 * parts - 150), (-1, 40))])
+    check(*draw(64 * parts - 10, 64, value_dim, heads=(1, 1, 1)), ids, parts=parts, interpret=INTERPRET)
 
 
-@passes_of_both
+@both_passes
 @pytest.mark.slow
-def test_vmap_is_rows(passes):
-    arrays, _, _ = draw(128, batch=3)
+def test_vmap_is_rows(value_dim):
+    arrays, _, _ = draw(128, 64, value_dim, batch=3)
     each = [x[:, None] for x in arrays]
-    want = kernel(*arrays, None, scale=1.0, passes=passes, interpret=INTERPRET)
-    got = jax.vmap(lambda *x: kernel(*x, None, scale=1.0, passes=passes, interpret=INTERPRET))(*each)
+    want = kernel(*arrays, None, scale=1.0, interpret=INTERPRET)
+    got = jax.vmap(lambda *x: kernel(*x, None, scale=1.0, interpret=INTERPRET))(*each)
     jax.tree.map(lambda w, x: np.testing.assert_array_equal(w, x[:, 0]), want, got)
 
 
-@passes_of_both
-def test_has_no_races(passes):
-    arrays, d_out, d_state = draw(256, 128, 64, heads=(1, 1, 1))
-    check(arrays, d_out, d_state, passes=passes, interpret=plgpu.InterpretGPUParams(detect_races=True))
+@both_passes
+def test_has_no_races(value_dim):
+    arrays, d_out, d_state = draw(192, 128, value_dim, heads=(1, 1, 1))
+    check(arrays, d_out, d_state, interpret=plgpu.InterpretGPUParams(detect_races=True))
 
 
 @pytest.mark.slow
@@ -213,19 +215,17 @@ def test_refusals_say_why(change, message):
 
 
 @pytest.mark.parametrize(
-    ("dim", "passes", "kernels"),
+    ("dim", "kernels"),
     [
-        (64, "scans", 4),  # forward, dq, dk, dv
-        (128, "scans", 4),
-        pytest.param(128, "pipelined", 4, marks=pytest.mark.slow),
-        (128, "chunks", 5),  # scores, forward, states, dv, dq with dk
-        (256, "chunks", 5),
+        (64, 4),  # forward, dq, dk, dv
+        (128, 4),
+        (256, 5),  # scores, forward, states, dv, dq with dk
     ],
 )
 @pytest.mark.quick_cases(1)
-def test_lowers_for_cuda(dim, passes, kernels):
+def test_lowers_for_cuda(dim, kernels):
     arrays, d_out, d_state = draw(256, dim, dim)
-    run = lambda *x: kernel(*x, None, scale=1.0, parts=1, passes=passes)  # noqa: E731
+    run = lambda *x: kernel(*x, None, scale=1.0, parts=1)  # noqa: E731
     both = jax.jit(lambda *x: results(run, x, d_out, d_state))
     exported = export(both, platforms=["cuda"], disabled_checks=[DisabledSafetyCheck.custom_call("mosaic_gpu_v2")])(
         *arrays
