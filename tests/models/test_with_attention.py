@@ -1,111 +1,135 @@
-"""Sparse reading of a trained model: with a budget for everything it is the dense model, with less it is another."""
+"""A model with attached mechanisms: shared parameters, generation, what a model refuses."""
 
 import functools
+import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from effattn_jax.models import LanguageModel, generate
-from tests.compiled import jit
+from effattn_jax.layers import Attention
+from effattn_jax.layers.attached import AttachedAttention
+from effattn_jax.models import LanguageModel, Session, generate
+from effattn_jax.models.blueprint import parameters_of
+from effattn_jax.sparse import Clustering, attention
+from tests.layers.catalogue import agree, filled, jit
 
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 48)))
-STEPS = 6
+VOCAB, PROMPT, LENGTH = 23, 20, 26
+TOKENS = np.random.default_rng(0).integers(VOCAB, size=(2, LENGTH))
+CLUSTERING = Clustering(sink=2, clusters=3, window=4, window_clusters=2)
+EVERYTHING = (  # of the two places in the pattern
+    (("quest", {"budget": 32}), ("h2o", {"heavy": LENGTH, "recent": 4})),
+    (("double_sparsity", {"heavy": LENGTH}), ("snapkv", {"window": 4, "capacity": LENGTH})),
+    (
+        ("cluster_kv", {"budget": LENGTH, "clustering": CLUSTERING}),
+        ("retro", {"retrieval": 1.0, "estimation": 0.0, "clustering": CLUSTERING}),
+    ),
+    (("streaming", {"recent": LENGTH}), (None, {})),
+)
+FEW = (("quest", {"budget": 8, "page_size": 4}), ("h2o", {"heavy": 4, "recent": 3}))
+forward = jit(lambda model, tokens: model(tokens)[0])
+
+
+def make(**changes):
+    options = {"vocab_size": VOCAB, "dim": 32, "mlp_dim": 32, "pattern": ("attention", "attention"), "repeats": 2}
+    options |= {"mixers": {"attention": {"heads": 2}}} | changes
+    return LanguageModel(**options, rngs=nnx.Rngs(0))
 
 
 @functools.cache
 def dense():
-    attention = {"heads": 4, "kv_heads": 2, "qk_norm": True}
-    return LanguageModel(
-        vocab_size=31,
-        dim=32,
-        mlp_dim=48,
-        pattern=("attention",),
-        repeats=2,
-        mixers={"attention": attention},
-        rngs=nnx.Rngs(0),
-    )
+    return filled(make)
 
 
-def logits(model):
-    return jit(lambda model: model(TOKENS)[0])(model)
+def decoding_by(mechanisms):
+    model = dense()
+    for layer, (name, options) in enumerate(mechanisms):
+        model = model.with_attention(decode=name, decode_options=options, layers=[layer])
+    return model
 
 
-WHOLE = {
-    "flexprefill": {"block_size": 16, "gamma": 1.0, "min_budget": 48},
-    "xattention": {"block_size": 16, "stride": 8, "tau": 1.0},
-    "streaming": {"start": 4, "recent": 64},
-}
-DECODE = {
-    "quest": ({"budget": 64}, {"budget": 16}),
-    "double_sparsity": ({"heavy": 64, "channels": 8}, {"heavy": 8, "channels": 2}),
-    "h2o": ({"heavy": 32, "recent": 32}, {"heavy": 4, "recent": 4}),
-    "snapkv": ({"window": 8, "capacity": 64}, {"window": 8, "capacity": 12}),
-    "cluster_kv": ({"budget": 64}, {"budget": 20}),
-    "streaming": ({"start": 4, "recent": 64}, {"start": 2, "recent": 6}),
-}
-
-
-def test_nothing_attached_is_the_dense_model():
-    np.testing.assert_allclose(logits(dense().with_attention()), logits(dense()), atol=1e-5)
-
-
-def test_a_function_of_the_user_reads_the_prompt():
-    def last_token_only(q, k, v, *, scale):
-        return jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-
-    got = logits(dense().with_attention(prefill=last_token_only))
-    assert float(jnp.max(jnp.abs(got - logits(dense())))) > 1e-2
+@jit
+def prefilled_and_decoded(model, tokens):
+    first, state = model(tokens[:, :PROMPT], model.init_state(*tokens.shape))
+    return jnp.concatenate([first, model(tokens[:, PROMPT:], state)[0]], axis=1)
 
 
 def test_parameters_are_shared():
-    one, other = (
-        jax.tree.leaves(nnx.state(m, nnx.Param))
-        for m in (dense(), dense().with_attention(decode="h2o", decode_options={"heavy": 4, "recent": 4}))
-    )
-    assert all(a is b for a, b in zip(one, other, strict=True))
+    ours, theirs = parameters_of(dense()), parameters_of(decoding_by(FEW))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] is theirs[name] for name in ours)
+    assert all(type(block.mixer) is Attention for _, block in dense().parts())
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_prefill_of_everything_is_dense(name):
-    model = dense().with_attention(prefill=name, prefill_options=WHOLE[name])
-    np.testing.assert_allclose(logits(model), logits(dense()), atol=2e-5)
+def test_prefill():
+    few = {"prefill": "xattention", "prefill_options": {"tau": 0.2, "block_size": 4, "stride": 2}}
+    by_name = forward(dense().with_attention(**few), TOKENS)
+    everything = np.asarray(forward(dense(), TOKENS))
+    assert np.isfinite(by_name).all()
+    assert np.abs(by_name - everything).max() > 0.01 * np.abs(everything).max()
+    all_of_it = few | {"prefill_options": {"tau": 1.1, "block_size": 4, "stride": 2}}
+    agree(everything, forward(dense().with_attention(**all_of_it), TOKENS))
+    own = dense().with_attention(prefill=lambda q, k, v, *, scale: attention(q, k, v, scale=scale))
+    agree(everything, forward(own, TOKENS))
 
 
-@pytest.mark.parametrize("name", DECODE)
-@pytest.mark.quick_cases(2)
-def test_decoding_with_room_for_everything_is_dense(name):
-    model = dense().with_attention(decode=name, decode_options=DECODE[name][0])
-    want = generate(dense(), TOKENS, max_new_tokens=STEPS, temperature=0.0)
-    np.testing.assert_array_equal(generate(model, TOKENS, max_new_tokens=STEPS, temperature=0.0), want)
+@pytest.mark.parametrize("mechanisms", EVERYTHING, ids=lambda pair: "-".join(str(name) for name, _ in pair))
+@pytest.mark.quick_cases(1)
+def test_everything_is_read(mechanisms):
+    model = decoding_by(mechanisms)
+    agree(forward(dense(), TOKENS), prefilled_and_decoded(model, TOKENS))
+    want = generate(dense(), TOKENS[:, :PROMPT], max_new_tokens=6, temperature=0)
+    np.testing.assert_array_equal(want, generate(model, TOKENS[:, :PROMPT], max_new_tokens=6, temperature=0))
 
 
-@pytest.mark.parametrize("name", DECODE)
+def test_few_are_read():
+    """What is drawn is what the scores of the same tokens, given, are greatest for."""
+    model = decoding_by(FEW)
+    drawn = generate(model, TOKENS[:, :PROMPT], max_new_tokens=LENGTH - PROMPT, temperature=0)
+    tokens = np.concatenate([TOKENS[:, :PROMPT], drawn], axis=1)
+    scores = np.asarray(prefilled_and_decoded(model, tokens))
+    np.testing.assert_array_equal(drawn, scores[:, PROMPT - 1 : -1].argmax(-1))
+    everything = np.asarray(forward(dense(), tokens))
+    assert np.isfinite(scores).all()
+    agree(everything[:, :PROMPT], scores[:, :PROMPT])
+    assert np.abs(scores - everything)[:, PROMPT:].max() > 0.01 * np.abs(everything).max()
+
+
 @pytest.mark.slow
-def test_decoding_with_less_is_another_model(name):
-    """Scores after the prompt and three tokens more differ from the dense ones, and are finite."""
-    step = jit(lambda model, tokens, state: model(tokens, state))
-    found = []
-    for model in (dense(), dense().with_attention(decode=name, decode_options=DECODE[name][1])):
-        _, state = step(model, TOKENS[:, :45], model.init_state(2, 64))
-        found.append(step(model, TOKENS[:, 45:46], state)[0])
-    assert bool(jnp.all(jnp.isfinite(found[1])))
-    assert float(jnp.max(jnp.abs(found[1] - found[0]))) > 1e-4
+def test_session():
+    """Its first tokens are the prompt, whatever the chunk."""
+    model = decoding_by(FEW)
+    session = Session(model, max_length=LENGTH, prefill_chunk=4)
+    session.append(TOKENS[0, :PROMPT])
+    said = session.generate(max_new_tokens=3, temperature=0)
+    np.testing.assert_array_equal(generate(model, TOKENS[:1, :PROMPT], max_new_tokens=3, temperature=0)[0], said)
+    session.append([3, 4])
+    tokens = np.concatenate([TOKENS[0, :PROMPT], said, [3, 4]])[None]
+    last = np.asarray(prefilled_and_decoded(model, np.pad(tokens, ((0, 0), (0, 1)))))[0, -2]
+    assert session.generate(max_new_tokens=1, temperature=0) == last.argmax()
 
 
-@pytest.mark.parametrize(
-    ("options", "argument"),
-    [
-        ({"prefill": "x"}, "prefill"),
-        ({"decode": "x"}, "decode"),
-        ({"prefill_options": {"threshold": 1}}, "prefill_options"),
-        ({"prefill": "xattention", "prefill_options": {"treshold": 1}}, "prefill_options"),
-        ({"decode": "quest", "decode_options": {"pages": 1}}, "decode_options"),
-        ({"layers": [3]}, "layers"),
-    ],
-)
-def test_errors(options, argument):
-    with pytest.raises(ValueError, match=f"^{argument}"):
-        dense().with_attention(**options)
+def test_layers():
+    window = {"local": {"kind": "attention", "heads": 2, "window": 4}, "attention": {"heads": 2}}
+    model = nnx.eval_shape(lambda: make(before=("attention",), pattern=("local", "attention"), mixers=window))
+    found = lambda model: [type(block.mixer) is AttachedAttention for _, block in model.parts()]  # noqa: E731
+    assert found(model.with_attention(decode="retro")) == [True, False, True]
+    assert found(model.with_attention(decode="retro", layers=[2])) == [False, False, True]
+    for layers in ([1], [0, 3], [-1], []):
+        with pytest.raises(ValueError, match=re.escape(f"layers: got {layers}; needs some of [0, 2]")):
+            model.with_attention(decode="retro", layers=layers)
+    shared = {"attention": {"heads": 2}, "reader": {"kind": "attention", "heads": 2, "kv_from": "attention"}}
+    model = nnx.eval_shape(lambda: make(pattern=("attention", "reader"), mixers=shared))
+    with pytest.raises(ValueError, match=re.escape("layers: got []; needs some of []")):
+        model.with_attention(decode="retro")
+
+
+def test_prompts_that_do_not_fit():
+    model = decoding_by(FEW)
+    for message, prompts, options in (
+        ("prompts: got several lengths", [[1, 2, 3], [4, 5]], {}),
+        ("prefill_chunk: got 2", [[1, 2, 3]], {"prefill_chunk": 2}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, prompts, max_new_tokens=2, temperature=0, **options)
