@@ -22,10 +22,15 @@ from effattn_jax.training.hardware import memory_bandwidth, peak_flops
 from experiments.engine_cases import Inputs, engine_cases
 from experiments.timing import milliseconds
 
-SHAPES = flags.DEFINE_multi_string("shape", None, "B,T,H,D; default: by device")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "default: bfloat16 on accelerators")
-ONLY = flags.DEFINE_multi_string("only", None, "names of mechanisms begin with one of these; default: all")
-OUTPUT = flags.DEFINE_string("output", None, "also write the table as JSON")
+FLAGS = flags.FlagValues()
+SHAPES = flags.DEFINE_multi_string("shape", None, "B,T,H,D; default: by device", flag_values=FLAGS)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "default: bfloat16 on accelerators", flag_values=FLAGS
+)
+ONLY = flags.DEFINE_multi_string(
+    "only", None, "names of mechanisms begin with one of these; default: all", flag_values=FLAGS
+)
+OUTPUT = flags.DEFINE_string("output", None, "also write the table as JSON", flag_values=FLAGS)
 
 Shape = tuple[int, int, int, int]
 
@@ -95,7 +100,7 @@ def floor(case: Case) -> float | None:
 
 
 def main() -> None:
-    flags.FLAGS(sys.argv)
+    FLAGS(sys.argv)
     accelerator = jax.default_backend() != "cpu"
     default = ["4,8192,16,128", "8,2048,16,128", "1,65536,16,128"] if accelerator else ["2,1024,4,64"]
     dtype = jnp.dtype(DTYPE.value or ("bfloat16" if accelerator else "float32"))

@@ -27,20 +27,22 @@ def run(
     description: str | None,
     *,
     without_config: Callable[[], None] | None = None,
+    own_flags: Sequence[flags.FlagValues] = (),
 ) -> None:
     """Parse the command line and call `main(config, workdir)`; `--help` shows the description and every field.
 
-    Where an experiment needs no config, `without_config` is called if none is given.
+    Where an experiment needs no config, `without_config` is called if none is given. An experiment's `own_flags` are
+    known while it runs: the flags of two experiments may have the same name.
     """
     argv = sys.argv
     if any(argument in ("--help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
-        print(_help(description, argv))
+        print(_help(description, argv, own_flags))
         return
     path = _config_path(argv)
     if path and not os.path.isfile(path):
         _stop(f"--config: no such file: {path}", 2)
     try:
-        rest = flags.FLAGS(argv)[1:]
+        rest = _parse(argv, own_flags)
     except flags.Error as error:
         _stop(str(error), 2)
     except (AttributeError, KeyError) as error:
@@ -56,6 +58,20 @@ def run(
             without_config()
     except EXPECTED as error:
         _stop(str(error), 1)
+
+
+def _parse(argv: Sequence[str], own_flags: Sequence[flags.FlagValues]) -> list[str]:
+    """Give every flag its value; what is not a flag."""
+    for own in own_flags:
+        own.unparse_flags()
+        flags.FLAGS.append_flag_values(own)
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    finally:
+        for own in own_flags:
+            flags.FLAGS.remove_flag_values(own)
+            own.mark_as_parsed()
+    return rest
 
 
 def config_name() -> str:
@@ -116,13 +132,7 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
     return None
 
 
-def _flags_of_experiments() -> list[flags.Flag]:
-    """Those of modules that experiments share."""
-    modules = flags.FLAGS.flags_by_module_dict()
-    return [flag for name, found in modules.items() if name.startswith("experiments.") for flag in found]
-
-
-def _help(description: str | None, argv: Sequence[str]) -> str:
+def _help(description: str | None, argv: Sequence[str], own_flags: Sequence[flags.FlagValues]) -> str:
     path = _config_path(argv)
     lines = [
         (description or "").strip(),
@@ -132,9 +142,11 @@ def _help(description: str | None, argv: Sequence[str]) -> str:
         "  --config.<field>=<value>   overrides a field",
         "  --workdir=<directory>      where the run's files are; default: runs/<name of the config file>",
     ]
-    for flag in [*flags.FLAGS.get_flags_for_module(sys.modules["__main__"]), *_flags_of_experiments()]:
-        if flag.name not in ("config", "workdir"):
-            lines.append(f"  --{flag.name}=<{flag.flag_type()}>  {flag.help} (default: {flag.default})")
+    lines += [
+        f"  --{own[name].name}=<{own[name].flag_type()}>  {' '.join(own[name].help.split())} (default: {own[name].default})"
+        for own in own_flags
+        for name in own
+    ]
     meaning = (base.__doc__ or "").strip("\n")
     lines += [
         "",

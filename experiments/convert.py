@@ -42,14 +42,19 @@ from experiments import cli
 from experiments.distillation import distillation_loss, fitted, transfer_loss
 from experiments.report import write_report
 
-MIXER = flags.DEFINE_string("mixer", "gated_delta_net", "what takes the place of attention")
-MIXER_OPTIONS = flags.DEFINE_string("mixer_options", "{}", "its options, as JSON")
-KEEP_EVERY = flags.DEFINE_integer("keep_every", 4, "the last of so many blocks keeps its attention; 0: none does")
-TRANSFER_STEPS = flags.DEFINE_integer("transfer_steps", 100, "steps of attention transfer")
-DISTIL_STEPS = flags.DEFINE_integer("distil_steps", 200, "steps of distillation")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a published model as the teacher: directory or hub name")
-CONTROL = flags.DEFINE_bool("control", False, "also distil into new mixers that start from nothing")
-OUTPUT = flags.DEFINE_string("output", "runs/converted", "where the student's run goes")
+FLAGS = flags.FlagValues()
+MIXER = flags.DEFINE_string("mixer", "gated_delta_net", "what takes the place of attention", flag_values=FLAGS)
+MIXER_OPTIONS = flags.DEFINE_string("mixer_options", "{}", "its options, as JSON", flag_values=FLAGS)
+KEEP_EVERY = flags.DEFINE_integer(
+    "keep_every", 4, "the last of so many blocks keeps its attention; 0: none does", flag_values=FLAGS
+)
+TRANSFER_STEPS = flags.DEFINE_integer("transfer_steps", 100, "steps of attention transfer", flag_values=FLAGS)
+DISTIL_STEPS = flags.DEFINE_integer("distil_steps", 200, "steps of distillation", flag_values=FLAGS)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "a published model as the teacher: directory or hub name", flag_values=FLAGS
+)
+CONTROL = flags.DEFINE_bool("control", False, "also distil into new mixers that start from nothing", flag_values=FLAGS)
+OUTPUT = flags.DEFINE_string("output", "runs/converted", "where the student's run goes", flag_values=FLAGS)
 
 Model = tuple[Blueprint[LanguageModel], Parameters]
 
@@ -143,4 +148,4 @@ def save(config: ConfigDict, options: Mapping[str, Any], parameters: Parameters)
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, own_flags=(FLAGS,))

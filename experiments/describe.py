@@ -25,10 +25,15 @@ from effattn_jax.training.data import load_tokenizer
 from effattn_jax.training.setup import model_maker
 from experiments import cli, model_flags
 
-PRESETS = flags.DEFINE_multi_string("preset", [], "a published model by name; may be given several times")
-LIST = flags.DEFINE_bool("presets", False, "list their names")
-CONTEXTS = flags.DEFINE_list("contexts", [str(1 << n) for n in range(10, 21, 2)], "lengths of the context in the table")
-OUTPUT = flags.DEFINE_string("output", None, "the figure, a png, pdf or svg file; default: none")
+FLAGS = flags.FlagValues()
+PRESETS = flags.DEFINE_multi_string(
+    "preset", [], "a published model by name; may be given several times", flag_values=FLAGS
+)
+LIST = flags.DEFINE_bool("presets", False, "list their names", flag_values=FLAGS)
+CONTEXTS = flags.DEFINE_list(
+    "contexts", [str(1 << n) for n in range(10, 21, 2)], "lengths of the context in the table", flag_values=FLAGS
+)
+OUTPUT = flags.DEFINE_string("output", None, "the figure, a png, pdf or svg file; default: none", flag_values=FLAGS)
 
 CURVE = [1 << n for n in range(10, 21)]
 
@@ -128,4 +133,4 @@ def draw(path: str, found: Mapping[str, Description]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(of_config, __doc__, without_config=of_others)
+    cli.run(of_config, __doc__, without_config=of_others, own_flags=(FLAGS, model_flags.FLAGS))

@@ -19,11 +19,12 @@ from absl import flags
 from experiments.engine_cases import Inputs, engine_cases
 from experiments.timing import milliseconds
 
-LENGTH = flags.DEFINE_integer("length", 4096, "tokens")
-SIZE = flags.DEFINE_integer("dim", 64, "of keys and values")
-HEADS = flags.DEFINE_integer("heads", 4, "heads")
-OUTPUT = flags.DEFINE_string("output", None, "also write the table as JSON")
-ONLY = flags.DEFINE_multi_string("only", None, "names of cases; default: all")
+FLAGS = flags.FlagValues()
+LENGTH = flags.DEFINE_integer("length", 4096, "tokens", flag_values=FLAGS)
+SIZE = flags.DEFINE_integer("dim", 64, "of keys and values", flag_values=FLAGS)
+HEADS = flags.DEFINE_integer("heads", 4, "heads", flag_values=FLAGS)
+OUTPUT = flags.DEFINE_string("output", None, "also write the table as JSON", flag_values=FLAGS)
+ONLY = flags.DEFINE_multi_string("only", None, "names of cases; default: all", flag_values=FLAGS)
 
 TOLERANCE = 1e-4  # float32 forms over thousands of tokens
 
@@ -48,7 +49,7 @@ def largest_error(want: Any, got: Any) -> float:
 
 
 def main() -> None:
-    flags.FLAGS(sys.argv)
+    FLAGS(sys.argv)
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, float32, T {LENGTH.value}, {HEADS.value} heads of {SIZE.value}")
     print(f"{'':26}{'forward':>21}{'':>9}{'forward and backward':>23}")

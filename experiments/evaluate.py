@@ -30,20 +30,39 @@ from effattn_jax.training.restore import restore_params
 from effattn_jax.training.setup import heldout_batches, make_setup
 from experiments import cli, model_flags
 
+FLAGS = flags.FlagValues()
 LENGTH = flags.DEFINE_integer(
-    "length", None, "with --config: tokens in a row; default: four times data.sequence_length"
+    "length", None, "with --config: tokens in a row; default: four times data.sequence_length", flag_values=FLAGS
 )
-BUCKETS = flags.DEFINE_integer("buckets", 8, "with --config: ranges of positions, each twice as long as the one before")
-TEXTS = flags.DEFINE_multi_string("text", [], "with --checkpoint: a text file; may be given several times")
-MAX_BYTES = flags.DEFINE_integer("max_bytes", 100_000, "with --checkpoint: of the Python library's source")
-WINDOW = flags.DEFINE_integer("window", 2048, "with --checkpoint: a token is given at most so many before it")
-STRIDE = flags.DEFINE_integer("stride", None, "with --checkpoint: tokens from window to window; default: half of it")
-BATCH = flags.DEFINE_integer("batch", 8, "with --checkpoint: windows at a time")
-TASKS = flags.DEFINE_list("tasks", [], "with --checkpoint: tasks of lm-evaluation-harness, instead of texts")
-FEW_SHOT = flags.DEFINE_integer("fewshot", None, "examples in front of each question of --tasks; default: the task's")
-LIMIT = flags.DEFINE_integer("limit", None, "questions of each of --tasks; default: all")
-ADD_BOS = flags.DEFINE_bool("add_bos", False, "open the texts of --tasks as the tokenizer does; Gemma needs it")
-CHAT = flags.DEFINE_bool("chat_template", False, "put the questions of --tasks into the chat template")
+BUCKETS = flags.DEFINE_integer(
+    "buckets", 8, "with --config: ranges of positions, each twice as long as the one before", flag_values=FLAGS
+)
+TEXTS = flags.DEFINE_multi_string(
+    "text", [], "with --checkpoint: a text file; may be given several times", flag_values=FLAGS
+)
+MAX_BYTES = flags.DEFINE_integer(
+    "max_bytes", 100_000, "with --checkpoint: of the Python library's source", flag_values=FLAGS
+)
+WINDOW = flags.DEFINE_integer(
+    "window", 2048, "with --checkpoint: a token is given at most so many before it", flag_values=FLAGS
+)
+STRIDE = flags.DEFINE_integer(
+    "stride", None, "with --checkpoint: tokens from window to window; default: half of it", flag_values=FLAGS
+)
+BATCH = flags.DEFINE_integer("batch", 8, "with --checkpoint: windows at a time", flag_values=FLAGS)
+TASKS = flags.DEFINE_list(
+    "tasks", [], "with --checkpoint: tasks of lm-evaluation-harness, instead of texts", flag_values=FLAGS
+)
+FEW_SHOT = flags.DEFINE_integer(
+    "fewshot", None, "examples in front of each question of --tasks; default: the task's", flag_values=FLAGS
+)
+LIMIT = flags.DEFINE_integer("limit", None, "questions of each of --tasks; default: all", flag_values=FLAGS)
+ADD_BOS = flags.DEFINE_bool(
+    "add_bos", False, "open the texts of --tasks as the tokenizer does; Gemma needs it", flag_values=FLAGS
+)
+CHAT = flags.DEFINE_bool(
+    "chat_template", False, "put the questions of --tasks into the chat template", flag_values=FLAGS
+)
 
 
 def of_checkpoint() -> None:
@@ -147,4 +166,4 @@ def _plot(path: str, ranges: list[tuple[int, int, float]], trained: int) -> None
 
 
 if __name__ == "__main__":
-    cli.run(of_run, __doc__, without_config=of_checkpoint)
+    cli.run(of_run, __doc__, without_config=of_checkpoint, own_flags=(FLAGS, model_flags.FLAGS))

@@ -24,16 +24,21 @@ from effattn_jax.pretrained.detokenizer import Detokenizer, pieces
 from effattn_jax.pretrained.tokenizer import PretrainedTokenizer
 from experiments import cli, model_flags
 
-PROMPTS = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
-PROMPT_IDS = flags.DEFINE_list("prompt_ids", [], "tokens to continue, of a checkpoint: the new ones are printed")
-CHAT = flags.DEFINE_bool("chat", False, "a conversation, in the checkpoint's own chat template")
-SYSTEM = flags.DEFINE_string("system", None, "what the system says first in a --chat")
-TOKENS = flags.DEFINE_integer("tokens", 200, "at most so many new tokens, of one answer")
-MAX_LENGTH = flags.DEFINE_integer("max_length", 8192, "tokens of a --chat for which there is room")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the best token each time")
-TOP_K = flags.DEFINE_integer("top_k", None, "draw from the k best tokens")
-TOP_P = flags.DEFINE_float("top_p", None, "draw from the best tokens that together have this probability")
-SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+FLAGS = flags.FlagValues()
+PROMPTS = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times", flag_values=FLAGS)
+PROMPT_IDS = flags.DEFINE_list(
+    "prompt_ids", [], "tokens to continue, of a checkpoint: the new ones are printed", flag_values=FLAGS
+)
+CHAT = flags.DEFINE_bool("chat", False, "a conversation, in the checkpoint's own chat template", flag_values=FLAGS)
+SYSTEM = flags.DEFINE_string("system", None, "what the system says first in a --chat", flag_values=FLAGS)
+TOKENS = flags.DEFINE_integer("tokens", 200, "at most so many new tokens, of one answer", flag_values=FLAGS)
+MAX_LENGTH = flags.DEFINE_integer("max_length", 8192, "tokens of a --chat for which there is room", flag_values=FLAGS)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the best token each time", flag_values=FLAGS)
+TOP_K = flags.DEFINE_integer("top_k", None, "draw from the k best tokens", flag_values=FLAGS)
+TOP_P = flags.DEFINE_float(
+    "top_p", None, "draw from the best tokens that together have this probability", flag_values=FLAGS
+)
+SEED = flags.DEFINE_integer("seed", 0, "of the draws", flag_values=FLAGS)
 
 Say = Callable[[Sequence[int], int], Iterator[int]]  # a prompt and its number -> tokens
 
@@ -113,4 +118,4 @@ def show(parts: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(of_run, __doc__, without_config=of_checkpoint)
+    cli.run(of_run, __doc__, without_config=of_checkpoint, own_flags=(FLAGS, model_flags.FLAGS))

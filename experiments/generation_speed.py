@@ -22,10 +22,11 @@ from effattn_jax.training.data import load_tokenizer
 from effattn_jax.training.setup import model_maker
 from experiments import cli
 
-BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "batch sizes")
-CONTEXTS = flags.DEFINE_list("contexts", ["1024", "16384", "65536"], "tokens in the prompts")
-TOKENS = flags.DEFINE_integer("tokens", 256, "tokens to decode")
-CHUNK = flags.DEFINE_integer("prefill_chunk", 2048, "tokens read at once")
+FLAGS = flags.FlagValues()
+BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "batch sizes", flag_values=FLAGS)
+CONTEXTS = flags.DEFINE_list("contexts", ["1024", "16384", "65536"], "tokens in the prompts", flag_values=FLAGS)
+TOKENS = flags.DEFINE_integer("tokens", 256, "tokens to decode", flag_values=FLAGS)
+CHUNK = flags.DEFINE_integer("prefill_chunk", 2048, "tokens read at once", flag_values=FLAGS)
 
 
 def main(config: ConfigDict, workdir: str) -> None:
@@ -96,4 +97,4 @@ def measure(model: LanguageModel, batch: int, context: int, tokens: int, chunk: 
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, own_flags=(FLAGS,))

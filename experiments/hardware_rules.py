@@ -21,14 +21,15 @@ from effattn_jax.sparse.dense import masked
 from experiments.report import write_report
 from experiments.timing import timed
 
-LENGTH = flags.DEFINE_integer("length", 8192, "tokens of the row")
-TOKENS = flags.DEFINE_integer("tokens", 1024, "tokens that a query reads")
-HEADS = flags.DEFINE_integer("heads", 64, "query heads")
-SIZE = flags.DEFINE_integer("dim", 128, "of keys and values")
-BLOCKS = flags.DEFINE_multi_integer("block_size", [16, 32, 64, 128, 256], "tokens of a block")
-GROUPS = flags.DEFINE_multi_integer("group", [1, 4, 16, 64], "query heads that share keys and lists")
-IMPLEMENTATION = flags.DEFINE_string("implementation", None, "of block_attention")
-OUTPUT = flags.DEFINE_string("output", None, "also write the table as JSON")
+FLAGS = flags.FlagValues()
+LENGTH = flags.DEFINE_integer("length", 8192, "tokens of the row", flag_values=FLAGS)
+TOKENS = flags.DEFINE_integer("tokens", 1024, "tokens that a query reads", flag_values=FLAGS)
+HEADS = flags.DEFINE_integer("heads", 64, "query heads", flag_values=FLAGS)
+SIZE = flags.DEFINE_integer("dim", 128, "of keys and values", flag_values=FLAGS)
+BLOCKS = flags.DEFINE_multi_integer("block_size", [16, 32, 64, 128, 256], "tokens of a block", flag_values=FLAGS)
+GROUPS = flags.DEFINE_multi_integer("group", [1, 4, 16, 64], "query heads that share keys and lists", flag_values=FLAGS)
+IMPLEMENTATION = flags.DEFINE_string("implementation", None, "of block_attention", flag_values=FLAGS)
+OUTPUT = flags.DEFINE_string("output", None, "also write the table as JSON", flag_values=FLAGS)
 
 TOLERANCE = 0.008  # bfloat16, gradients among them
 
@@ -116,7 +117,7 @@ def row(block_size: int, group: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    flags.FLAGS(sys.argv)
+    FLAGS(sys.argv)
     device = jax.devices()[0].device_kind
     print(
         f"{device}, jax {jax.__version__}, T {LENGTH.value}, {TOKENS.value} tokens a query, H {HEADS.value}, ", end=""

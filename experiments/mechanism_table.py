@@ -22,7 +22,8 @@ from flax import nnx
 from effattn_jax import linear, sparse
 from effattn_jax.layers import MIXERS
 
-WRITE = flags.DEFINE_bool("write", False, "write the tables into README.md")
+FLAGS = flags.FlagValues()
+WRITE = flags.DEFINE_bool("write", False, "write the tables into README.md", flag_values=FLAGS)
 
 README = Path(__file__).parents[1] / "README.md"
 DIM, LENGTH = 1024, 4096
@@ -223,7 +224,7 @@ def inserted(text: str) -> str:
 
 
 def main() -> None:
-    flags.FLAGS(sys.argv)
+    FLAGS(sys.argv)
     if WRITE.value:
         README.write_text(inserted(README.read_text()))
         print(f"wrote the tables of {README.name}")

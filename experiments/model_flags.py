@@ -19,11 +19,17 @@ from effattn_jax.training.setup import model_maker
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
+FLAGS = flags.FlagValues()
 CHECKPOINTS = flags.DEFINE_multi_string(
-    "checkpoint", [], "a directory in Hugging Face's format, author/name of its hub, or an RWKV file x.pth"
+    "checkpoint",
+    [],
+    "a directory in Hugging Face's format, author/name of its hub, or an RWKV file x.pth",
+    flag_values=FLAGS,
 )
-DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "of a --checkpoint's matrices; default: as in its files")
-STEP = flags.DEFINE_integer("step", None, "which checkpoint of the workdir; default: the newest")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, list(DTYPES), "of a --checkpoint's matrices; default: as in its files", flag_values=FLAGS
+)
+STEP = flags.DEFINE_integer("step", None, "which checkpoint of the workdir; default: the newest", flag_values=FLAGS)
 
 
 def trained(config: ConfigDict, workdir: str) -> tuple[LanguageModel, Tokenizer, int]:

@@ -30,7 +30,10 @@ from effattn_jax.training.plot import plot_losses
 from effattn_jax.training.setup import make_setup
 from experiments import cli
 
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of this run before anything else")
+FLAGS = flags.FlagValues()
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "join the other processes of this run before anything else", flag_values=FLAGS
+)
 
 
 def main(config: ConfigDict, workdir: str) -> None:
@@ -123,4 +126,4 @@ def _indent(text: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, own_flags=(FLAGS,))

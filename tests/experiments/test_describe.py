@@ -7,7 +7,7 @@ from absl import flags
 
 from effattn_jax.models.sizes import format_bytes
 from effattn_jax.pretrained.description import describe_config
-from experiments import cli
+from experiments import cli, model_flags
 from experiments import describe as experiment
 from tests.pretrained.tiny_checkpoint import CONFIG
 
@@ -20,7 +20,12 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["describe", *arguments])
         flags.FLAGS["config"].unparse()
         flags.FLAGS.unparse_flags()
-        cli.run(experiment.of_config, "What it does.", without_config=experiment.of_others)
+        cli.run(
+            experiment.of_config,
+            "What it does.",
+            without_config=experiment.of_others,
+            own_flags=(experiment.FLAGS, model_flags.FLAGS),
+        )
         return capsys.readouterr().out
 
     return call

@@ -7,7 +7,7 @@ from absl import flags
 
 from effattn_jax.pretrained import load, load_tokenizer
 from effattn_jax.pretrained.text_evaluation import evaluate_texts
-from experiments import cli
+from experiments import cli, model_flags
 from experiments import evaluate as experiment
 from tests.pretrained.tiny_checkpoint import checkpoint
 
@@ -27,7 +27,12 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["evaluate", *arguments])
         flags.FLAGS["config"].unparse()
         flags.FLAGS.unparse_flags()
-        cli.run(experiment.of_run, "What it does.", without_config=experiment.of_checkpoint)
+        cli.run(
+            experiment.of_run,
+            "What it does.",
+            without_config=experiment.of_checkpoint,
+            own_flags=(experiment.FLAGS, model_flags.FLAGS),
+        )
         return capsys.readouterr().out
 
     return call

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import hardware_rules
 
@@ -19,5 +18,5 @@ def test_lists_hold_the_own_block_and_distinct_earlier_ones():
 
 @pytest.mark.slow
 def test_a_case_agrees_with_softmax_attention():
-    flags.FLAGS(["test"])
+    hardware_rules.FLAGS(["hardware_rules"])
     assert hardware_rules.error(16, 2, 4, 16, 64) < hardware_rules.TOLERANCE
