@@ -4,6 +4,7 @@ from effattn_jax.linear.delta_rule import delta_rule
 from effattn_jax.linear.diagonal_scan import diagonal_scan
 from effattn_jax.linear.dplr import dplr
 from effattn_jax.linear.favor import FavorState, draw_omega, favor_attention
+from effattn_jax.linear.gated_slot_attention import SlotState, gated_slot_attention
 from effattn_jax.linear.linear_attention import linear_attention
 from effattn_jax.linear.log_linear import LogLinearState, log_linear_attention
 from effattn_jax.linear.mamba3 import Mamba3Memory, mamba3
@@ -22,6 +23,7 @@ __all__ = [
     "LogLinearState",
     "Mamba3Memory",
     "MesaState",
+    "SlotState",
     "TTTState",
     "TitansState",
     "delta_rule",
@@ -29,6 +31,7 @@ __all__ = [
     "dplr",
     "draw_omega",
     "favor_attention",
+    "gated_slot_attention",
     "linear_attention",
     "log_linear_attention",
     "mamba3",
