@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gated_delta_net": DELTA | {"expand_v": 1.0},
     "gated_delta_net2": DELTA,
     "gated_delta_product": DELTA | {"expand_v": 1.0},
+    "gsa": {"heads": HEADS, "slots": 32},
     "hgrn2": {"head_dim": HEAD_DIM},
     "infllm2": {"heads": HEADS, "kv_heads": 2} | WINDOWS | {"topk": 4, "window": 64, "dense_len": 0},
     "kda": DELTA,

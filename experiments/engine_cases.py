@@ -73,6 +73,11 @@ def engine_cases(batch: int, length: int, heads: int, dim: int, dtype: Any = jnp
             cast({"x": tokens(channels)}) | {"log_decay": gate(channels)},
             2.0 * batch * length * channels,
         ),
+        "gated_slot_attention": EngineCase(  # as many slots as channels
+            linear.gated_slot_attention,
+            qkv | {"s": jax.nn.sigmoid(tokens(heads, dim)), "log_decay": gate(heads, dim)},
+            8 * square,
+        ),
         "log_linear_attention": EngineCase(
             linear.log_linear_attention,
             qkv | {"log_decay": gate(heads), "level_scales": jax.nn.softplus(tokens(heads, levels))},

@@ -24,6 +24,7 @@ from effattn_jax.layers.gated_delta_net import GatedDeltaNet
 from effattn_jax.layers.gated_delta_net2 import GatedDeltaNet2
 from effattn_jax.layers.gated_delta_product import GatedDeltaProduct
 from effattn_jax.layers.gated_mlp import GatedMLP, SwiGLU
+from effattn_jax.layers.gated_slot_attention import GatedSlotAttention, GSAState
 from effattn_jax.layers.gla import GatedLinearAttention, GLAState
 from effattn_jax.layers.hgrn import HGRN, HGRNState
 from effattn_jax.layers.hgrn2 import HGRN2, HGRN2State
@@ -81,6 +82,7 @@ MIXERS = {
     "gated_delta_net2": GatedDeltaNet2,
     "gated_delta_product": GatedDeltaProduct,
     "gla": GatedLinearAttention,
+    "gsa": GatedSlotAttention,
     "hgrn": HGRN,
     "hgrn2": HGRN2,
     "infllm2": InfLLM2,
@@ -145,11 +147,13 @@ __all__ = [
     "ForgettingAttention",
     "ForgettingState",
     "GLAState",
+    "GSAState",
     "GatedDeltaNet",
     "GatedDeltaNet2",
     "GatedDeltaProduct",
     "GatedLinearAttention",
     "GatedMLP",
+    "GatedSlotAttention",
     "HGRN2State",
     "HGRNState",
     "InfLLM2",

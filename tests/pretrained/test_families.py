@@ -25,6 +25,7 @@ MODELS = {
     "fla_gated_deltaproduct": {"slow": True},
     "fla_gla": {"slow": True},
     "fla_gla_gqa_conv": {},
+    "fla_gsa": {"slow": True},
     "fla_hgrn": {"slow": True},
     "fla_hgrn2": {"slow": True},
     "fla_kda": {"slow": True},

@@ -195,6 +195,8 @@ REFUSED = {
     "attnres_block_size: got 2": ("fla_gla", {"attnres_block_size": 2}),
     "hidden_act: got 'powlu'": ("fla_kda", {"hidden_act": "powlu"}),
     "use_short_conv: got False": ("fla_delta_net", {"use_short_conv": False}),
+    "use_short_conv: got True": ("fla_gsa", {"use_short_conv": True}),
+    "feature_map: got 'relu'": ("fla_gsa", {"feature_map": "relu"}),
     "num_kv_heads: got 1": ("fla_retnet", {"num_kv_heads": 1}),
     "feature_map: got 'hedgehog'": ("fla_linear_attn", {"feature_map": "hedgehog"}),
     "window_size: got 8": ("fla_forgetting_transformer", {"window_size": 8}),
