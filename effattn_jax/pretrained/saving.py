@@ -1,11 +1,13 @@
 """A model written back as its authors publish theirs."""
 
+import functools
 import json
 import os
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -13,6 +15,7 @@ from effattn_jax import checks
 from effattn_jax.models.blueprint import blueprint, parameters_of
 from effattn_jax.models.language_model import LanguageModel
 from effattn_jax.pretrained.build import family_of
+from effattn_jax.pretrained.loading import is_matrix
 from effattn_jax.pretrained.rules import Rule, rules
 from effattn_jax.pretrained.safetensors_reader import INDEX, SINGLE
 
@@ -23,7 +26,8 @@ METADATA = {"format": "pt"}  # transformers wants to be told
 def save(model: LanguageModel, path: str | os.PathLike[str], *, shard_bytes: int = 2 << 30) -> None:
     """Writes config.json and safetensors under the names that the family's authors use.
 
-    What `load` read and nobody changed comes back bit for bit. Files larger than `shard_bytes` are split.
+    What `load` read and nobody changed comes back bit for bit. Files larger than `shard_bytes` are split. A config that
+    names a dtype then names that of the matrices, since transformers rounds what it reads to it.
 
     Args:
       model: from `load` or `from_config`: it knows its config.
@@ -59,7 +63,13 @@ def save(model: LanguageModel, path: str | os.PathLike[str], *, shard_bytes: int
         places |= dict.fromkeys(constants, names[-1])
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (directory / CONFIG).write_text(json.dumps(_named(config, parameters), indent=2) + "\n")
+
+
+def _named(config: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """The config with the dtype of the matrices, the widest, in place of the one it names."""
+    dtype = functools.reduce(jnp.promote_types, [x.dtype for name, x in parameters.items() if is_matrix(name)])
+    return {key: str(dtype) if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
 
 
 def _shards(wanted: dict[str, Rule], parameters: dict[str, Any], limit: int) -> list[dict[str, Rule]]:
