@@ -11,6 +11,7 @@ from effattn_jax.sparse.cluster_cache import Clustering, append_clusters, init_c
 from effattn_jax.sparse.cluster_kv import cached_cluster_kv
 from effattn_jax.sparse.double_sparsity import double_sparsity
 from effattn_jax.sparse.dsa import dsa
+from effattn_jax.sparse.dsa_cache import cached_dsa, init_dsa_cache
 from effattn_jax.sparse.flexprefill import flexprefill
 from effattn_jax.sparse.forgetting import forgetting_attention
 from effattn_jax.sparse.forgetting_cache import ForgettingCache, cached_forgetting_attention, init_forgetting_cache
@@ -54,6 +55,7 @@ __all__ = [
     "block_attention",
     "cached_attention",
     "cached_cluster_kv",
+    "cached_dsa",
     "cached_forgetting_attention",
     "cached_infllm2",
     "cached_latent_attention",
@@ -72,6 +74,7 @@ __all__ = [
     "infllm2",
     "init_cache",
     "init_cluster_cache",
+    "init_dsa_cache",
     "init_forgetting_cache",
     "init_infllm2_cache",
     "init_latent_cache",

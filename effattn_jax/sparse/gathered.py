@@ -1,4 +1,4 @@
-"""One query a row over keys and values that were gathered for each of its heads."""
+"""One query a row over keys and values that were gathered for it: nothing else of a cache is touched."""
 
 import jax.numpy as jnp
 
@@ -10,22 +10,27 @@ from effattn_jax.typing import Array, Bool, Float, Int
 
 def read_gathered(
     q: Float[Array, "B 1 H K"],
-    k: Float[Array, "B H n K"],
-    v: Float[Array, "B H n V"],
-    valid: Bool[Array, "B H n"],
+    k: Float[Array, "B L n K"],
+    v: Float[Array, "B L n V"],
+    valid: Bool[Array, "B L n"],
     scale: float | None,
 ) -> Float[Array, "B 1 H V"]:
-    """o = sum_j e^{s_j} v_j / sum_j e^{s_j} over the valid ones, in q's dtype; 0 where there are none."""
+    """o = sum_j e^{s_j} v_j / sum_j e^{s_j} over the valid ones, in q's dtype; 0 where there are none.
+
+    H / L consecutive heads read the same.
+    """
     accumulate = accumulation_dtype(q.dtype)
     k, v = (jnp.where(valid[..., None], x, 0) for x in (k, v))  # 0 * NaN would reach the sums
-    s = (q.shape[-1] ** -0.5 if scale is None else float(scale)) * contract("bhk,bhnk->bhn", q[:, 0], k)
-    s = jnp.where(valid, s, -jnp.inf)
+    batch, _, heads, key_dim = q.shape
+    shared = q.reshape(batch, k.shape[1], heads // k.shape[1], key_dim)
+    s = (key_dim**-0.5 if scale is None else float(scale)) * contract("blrk,blnk->blrn", shared, k)
+    s = jnp.where(valid[:, :, None], s, -jnp.inf)
     # a finite floor: e^{s - m} is 0, not NaN, in a row without keys
     top = jnp.maximum(jnp.max(s, axis=-1, keepdims=True), jnp.finfo(accumulate).min / 2)
     p = jnp.exp(s - top)
     total = jnp.sum(p, axis=-1)[..., None]
-    out = contract("bhn,bhnv->bhv", p.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
-    return out[:, None].astype(q.dtype)
+    out = contract("blrn,blnv->blrv", p.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
+    return out.reshape(batch, 1, heads, -1).astype(q.dtype)
 
 
 def read_tokens(

@@ -158,8 +158,7 @@ def nsa(
         local_blocks=local_blocks,
     )
     if lists is not None:
-        given = jnp.asarray(lists, jnp.int32)[jnp.maximum(place.relative, 0) // block_size]
-        chosen = jnp.broadcast_to(given[:, :, None], chosen.shape)
+        chosen = jnp.broadcast_to(given_lists(lists, place, block_size), chosen.shape)
     of_blocks, _ = block_attention(
         q,
         *selected,
@@ -173,6 +172,12 @@ def nsa(
     if segment_ids is not None:
         gates = real_only(gates, jnp.asarray(segment_ids)[:, keys - length :])
     return gated(gates, out, of_blocks, near).astype(q.dtype)
+
+
+def given_lists(lists: Int[np.ndarray, "n topk"], place: Place, block_size: int) -> Int[Array, "#B T 1 topk"]:
+    """The given lists of the blocks that queries are in."""
+    given = jnp.asarray(lists, jnp.int32)[jnp.maximum(place.relative, 0) // block_size]
+    return jnp.where(place.relative[..., None] < 0, -1, given)[:, :, None]
 
 
 def gated(gates: Float[Array, "B T H 3"], *outs: Float[Array, "B T H V"]) -> Float[Array, "B T H V"]:

@@ -25,6 +25,8 @@ def places(length: int, keys: int, segment_ids: Int[Array, "B M"] | None) -> Pla
     return Place(first, jnp.where(segment_ids[:, keys - length :] >= 0, position - first, -1))
 
 
-def places_from(offset: Int[Array, ""], length: int) -> Place:
-    """Of tokens offset, offset + 1, ... of rows of one document."""
-    return Place(None, (offset + jnp.arange(length))[None])
+def places_from(offset: Int[Array, ""] | Int[Array, " B"], length: int, new: Int[Array, " B"] | None = None) -> Place:
+    """Of tokens offset, offset + 1, ... of rows of one document; of each row the first `new` are real."""
+    place = jnp.arange(length)
+    relative = jnp.atleast_1d(offset)[:, None] + place
+    return Place(None, relative if new is None else jnp.where(place < new[:, None], relative, -1))

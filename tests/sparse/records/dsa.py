@@ -5,7 +5,9 @@ from functools import partial
 import numpy as np
 
 from effattn_jax.sparse.dsa import dsa
+from effattn_jax.sparse.dsa_cache import cached_dsa, init_dsa_cache
 from tests.sparse.mechanism import Mechanism
+from tests.sparse.token_by_token import token_by_token
 
 
 def indexer(q, k):
@@ -34,11 +36,22 @@ def _run(q, k, v, segment_ids=None, topk=None):
     return dsa(q, k, v, *indexer(q, k), topk=topk, segment_ids=segment_ids)
 
 
+def _decode(q, k, v, topk):
+    cache = init_dsa_cache(*k.shape, v.shape[3], index_dim=5, dtype=k.dtype)
+
+    def step(q, k, v, cache):
+        index_q, index_k, weights = indexer(q, k)
+        return cached_dsa(q, k, v, index_q, index_k, weights, cache, topk=topk)
+
+    return token_by_token(step, cache, q, k, v)
+
+
 RECORDS = [
     Mechanism(
         "dsa",
         partial(_run, topk=7),
         partial(_mask, topk=7),
+        decode=partial(_decode, topk=7),
         dense=partial(_run, topk=1000),
         lengths=(1, 7, 8, 37),
         count=lambda length: min(length, 7),
