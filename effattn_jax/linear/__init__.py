@@ -10,6 +10,7 @@ from effattn_jax.linear.log_linear import LogLinearState, log_linear_attention
 from effattn_jax.linear.mamba3 import Mamba3Memory, mamba3
 from effattn_jax.linear.mesa import MesaState, mesa
 from effattn_jax.linear.rg_lru import rg_lru
+from effattn_jax.linear.rwkv4 import RWKV4Memory, rwkv4
 from effattn_jax.linear.scalar_decay import scalar_decay
 from effattn_jax.linear.selective_scan import selective_scan
 from effattn_jax.linear.titans_memory import TitansState, titans_memory
@@ -23,6 +24,7 @@ __all__ = [
     "LogLinearState",
     "Mamba3Memory",
     "MesaState",
+    "RWKV4Memory",
     "SlotState",
     "TTTState",
     "TitansState",
@@ -37,6 +39,7 @@ __all__ = [
     "mamba3",
     "mesa",
     "rg_lru",
+    "rwkv4",
     "scalar_decay",
     "selective_scan",
     "titans_memory",
