@@ -10,8 +10,9 @@ from effattn_jax import checks
 from effattn_jax.layers.layer_norm import LayerNorm
 from effattn_jax.layers.projection import Projection
 from effattn_jax.layers.rope import rope
-from effattn_jax.layers.routed import RoutedAttention
+from effattn_jax.layers.routed import Arrays, RoutedAttention
 from effattn_jax.sparse.dsa import dsa
+from effattn_jax.sparse.dsa_cache import DSACache, append_dsa, cached_dsa, init_dsa_cache
 from effattn_jax.sparse.indexer_loss import indexer_loss
 from effattn_jax.typing import Array, Float, Hidden, Positions, SegmentIds
 
@@ -71,7 +72,7 @@ class DSA(RoutedAttention):
     def _turned(self, x: Float[Array, "B T J I"], positions: Positions) -> Float[Array, "B T J I"]:
         return x if self.rope_theta is None else rope(x, positions, theta=self.rope_theta, fraction=0.5)
 
-    def read(self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Array | None) -> Array:
+    def read(self, asked: Arrays, remembered: Arrays, segment_ids: Array | None, cache: Any = None) -> Array:
         q, index_q, weights = asked
         k, v, index_k = remembered
         return dsa(
@@ -84,6 +85,19 @@ class DSA(RoutedAttention):
             topk=self.topk,
             segment_ids=segment_ids,
             implementation=self.implementation,
+        )
+
+    def init_cache(self, batch_size: int, capacity: int) -> DSACache:
+        sizes = batch_size, capacity, self.kv_heads, self.head_dim
+        return init_dsa_cache(*sizes, index_dim=self.index_dim, dtype=self.dtype)
+
+    def append(self, remembered: Arrays, cache: DSACache, new: Array | None) -> DSACache:
+        return append_dsa(cache, *remembered, new=new)
+
+    def step(self, asked: Arrays, remembered: Arrays, cache: DSACache, new: Array | None) -> tuple[Array, DSACache]:
+        (q, index_q, weights), (k, v, index_k) = asked, remembered
+        return cached_dsa(
+            q, k, v, index_q, index_k, weights, cache, topk=self.topk, new=new, implementation=self.implementation
         )
 
     def indexer_loss(

@@ -1,11 +1,13 @@
 """InfLLM-v2, the attention of MiniCPM-4 (Zhao et al. 2025, arXiv:2509.24663)."""
 
+import sys
 from typing import Any
 
 from flax import nnx
 
-from effattn_jax.layers.routed import RoutedAttention
+from effattn_jax.layers.routed import Arrays, RoutedAttention
 from effattn_jax.sparse.infllm2 import infllm2
+from effattn_jax.sparse.infllm2_cache import InfLLM2Cache, append_infllm2, cached_infllm2, init_infllm2_cache
 from effattn_jax.typing import Array
 
 
@@ -54,5 +56,28 @@ class InfLLM2(RoutedAttention):
         keys = min(mean, self.options["topk"] * self.options["block_size"] + self.options["window"])
         return self.heads * self.head_dim * (2 * mean / self.options["kernel_stride"] + 4 * keys)
 
-    def read(self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Array | None) -> Array:
-        return infllm2(*asked, *remembered, segment_ids=segment_ids, implementation=self.implementation, **self.options)
+    def read(self, asked: Arrays, remembered: Arrays, segment_ids: Array | None, cache: Any = None) -> Array:
+        options = self._options(remembered[0].shape[1] if cache is None else cache.k.shape[1])
+        return infllm2(*asked, *remembered, segment_ids=segment_ids, implementation=self.implementation, **options)
+
+    def _options(self, length: int) -> dict[str, Any]:
+        """Of a row that counts as so long."""
+        return self.options | {"dense_len": sys.maxsize if length < self.options["dense_len"] else -1}
+
+    def _windows(self) -> dict[str, Any]:
+        return {name: self.options[name] for name in ("kernel_size", "kernel_stride")}
+
+    def init_cache(self, batch_size: int, capacity: int) -> InfLLM2Cache:
+        sizes = batch_size, capacity, self.kv_heads, self.head_dim
+        return init_infllm2_cache(*sizes, **self._windows(), dtype=self.dtype)
+
+    def append(self, remembered: Arrays, cache: InfLLM2Cache, new: Array | None) -> InfLLM2Cache:
+        k, v = remembered
+        return append_infllm2(cache, k, v, **self._windows(), new=new)
+
+    def step(
+        self, asked: Arrays, remembered: Arrays, cache: InfLLM2Cache, new: Array | None
+    ) -> tuple[Array, InfLLM2Cache]:
+        (q,), (k, v) = asked, remembered
+        options = self._options(cache.k.shape[1])
+        return cached_infllm2(q, k, v, cache, new=new, implementation=self.implementation, **options)

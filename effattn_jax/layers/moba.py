@@ -4,8 +4,9 @@ from typing import Any
 
 from flax import nnx
 
-from effattn_jax.layers.routed import RoutedAttention
+from effattn_jax.layers.routed import Arrays, RoutedAttention
 from effattn_jax.sparse.moba import moba
+from effattn_jax.sparse.moba_cache import MoBACache, append_moba, cached_moba, init_moba_cache
 from effattn_jax.typing import Array
 
 
@@ -31,12 +32,33 @@ class MoBA(RoutedAttention):
         keys = min((length + 1) / 2, self.topk * self.block_size)
         return self.heads * self.head_dim * (2 * means + 4 * keys)
 
-    def read(self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Array | None) -> Array:
+    def read(self, asked: Arrays, remembered: Arrays, segment_ids: Array | None, cache: Any = None) -> Array:
         return moba(
             *asked,
             *remembered,
             block_size=self.block_size,
             topk=self.topk,
             segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+
+    def init_cache(self, batch_size: int, capacity: int) -> MoBACache:
+        sizes = batch_size, capacity, self.kv_heads, self.head_dim
+        return init_moba_cache(*sizes, block_size=self.block_size, dtype=self.dtype)
+
+    def append(self, remembered: Arrays, cache: MoBACache, new: Array | None) -> MoBACache:
+        k, v = remembered
+        return append_moba(cache, k, v, block_size=self.block_size, new=new)
+
+    def step(self, asked: Arrays, remembered: Arrays, cache: MoBACache, new: Array | None) -> tuple[Array, MoBACache]:
+        (q,), (k, v) = asked, remembered
+        return cached_moba(
+            q,
+            k,
+            v,
+            cache,
+            block_size=self.block_size,
+            topk=self.topk,
+            new=new,
             implementation=self.implementation,
         )

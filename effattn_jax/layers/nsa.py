@@ -1,5 +1,6 @@
 """Native sparse attention, NSA (Yuan et al. 2025, arXiv:2502.11089)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn_jax.layers.projection import LECUN, Projection
-from effattn_jax.layers.routed import RoutedAttention
+from effattn_jax.layers.routed import Arrays, RoutedAttention
+from effattn_jax.precision import accumulation_dtype
 from effattn_jax.sparse.nsa import KV, nsa, nsa_compress
+from effattn_jax.sparse.nsa_cache import NSACache, append_nsa, cached_nsa, init_nsa_cache
 from effattn_jax.typing import Array, Float, Hidden, Positions
 
 
@@ -83,11 +86,10 @@ class NSA(RoutedAttention):
         gates = jax.nn.sigmoid(self.gate_proj(x).astype(jnp.float32))
         return *super().ask(x, positions), gates.reshape(*x.shape[:2], self.heads, 3)
 
-    def read(self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Array | None) -> Array:
+    def read(self, asked: Arrays, remembered: Arrays, segment_ids: Array | None, cache: Any = None) -> Array:
         (q, gates), (*arrays, positions) = asked, remembered
-        raw, selected, near = (KV(*arrays[n : n + 2]) for n in (0, 2, 4))
-        windows: dict[str, Any] = {name: self.options[name] for name in ("kernel_size", "kernel_stride")}
-        compressed = nsa_compress(*raw, phi_k=self.phi_k, phi_v=self.phi_v, segment_ids=segment_ids, **windows)
+        raw, selected, near = _branches(arrays)
+        compressed = nsa_compress(*raw, segment_ids=segment_ids, **self._phi())
         start = jnp.broadcast_to(compressed.windows.start, (q.shape[0], compressed.k.shape[1]))
         begins = jnp.take_along_axis(positions, jnp.minimum(start, positions.shape[1] - 1), axis=1)
         return nsa(
@@ -100,6 +102,45 @@ class NSA(RoutedAttention):
             implementation=self.implementation,
             **self.options,
         )
+
+    def _phi(self) -> dict[str, Any]:
+        windows = {name: self.options[name] for name in ("kernel_size", "kernel_stride")}
+        return {"phi_k": self.phi_k, "phi_v": self.phi_v, **windows}
+
+    def init_cache(self, batch_size: int, capacity: int) -> NSACache:
+        return init_nsa_cache(
+            batch_size,
+            capacity,
+            self.kv_heads,
+            self.head_dim,
+            kernel_size=self.options["kernel_size"],
+            kernel_stride=self.options["kernel_stride"],
+            window=self.options["window"],
+            dtype=self.dtype,
+            compressed_dtype=accumulation_dtype(self.dtype) if self.phi_k is None else self.dtype,
+        )
+
+    def append(self, remembered: Arrays, cache: NSACache, new: Array | None) -> NSACache:
+        *arrays, positions = remembered
+        return append_nsa(*_branches(arrays), cache, positions=positions, rotate=self.rotated, new=new, **self._phi())
+
+    def step(self, asked: Arrays, remembered: Arrays, cache: NSACache, new: Array | None) -> tuple[Array, NSACache]:
+        (q, gates), (*arrays, positions) = asked, remembered
+        return cached_nsa(
+            q,
+            *_branches(arrays),
+            gates,
+            cache,
+            positions=positions,
+            rotate=self.rotated,
+            new=new,
+            implementation=self.implementation,
+            **self.options | self._phi(),
+        )
+
+
+def _branches(arrays: Sequence[Array]) -> tuple[KV, KV, KV]:
+    return KV(*arrays[:2]), KV(*arrays[2:4]), KV(*arrays[4:])
 
 
 class Compression(nnx.Module):

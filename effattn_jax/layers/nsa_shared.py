@@ -9,8 +9,10 @@ from flax import nnx
 
 from effattn_jax import checks
 from effattn_jax.layers.projection import Projection
-from effattn_jax.layers.routed import RoutedAttention
+from effattn_jax.layers.routed import Arrays, RoutedAttention
+from effattn_jax.precision import accumulation_dtype
 from effattn_jax.sparse.nsa import KV, nsa
+from effattn_jax.sparse.nsa_cache import NSACache, append_nsa, cached_nsa, init_nsa_cache
 from effattn_jax.sparse.sorting_network import kept_by_network
 from effattn_jax.typing import Array, Hidden, Positions
 
@@ -57,25 +59,44 @@ class SharedNSA(RoutedAttention):
         gates = jax.nn.sigmoid(self.gate_proj(x).astype(jnp.float32))
         return *super().ask(x, positions), gates.reshape(*x.shape[:2], self.heads, 3)
 
-    def read(self, asked: tuple[Array, ...], remembered: tuple[Array, ...], segment_ids: Array | None) -> Array:
+    def read(self, asked: Arrays, remembered: Arrays, segment_ids: Array | None, cache: Any = None) -> Array:
         (q, gates), kv = asked, KV(*remembered)
-        blocks, lists = -(-kv.k.shape[1] // self.block_size), None
+        return nsa(q, kv, kv, kv, gates, segment_ids=segment_ids, **self._options(kv.k.shape[1]))
+
+    def _options(self, tokens: int) -> dict[str, Any]:
+        """For rows of so many tokens."""
+        lists = None
         if self.topk < FORCED:
-            lists = kept_by_network(blocks, self.block_size, self.topk)
-        return nsa(
-            q,
-            kv,
-            kv,
-            kv,
-            gates,
+            lists = kept_by_network(-(-tokens // self.block_size), self.block_size, self.topk)
+        return {
+            "kernel_size": self.block_size,
+            "kernel_stride": self.block_size,
+            "block_size": self.block_size,
+            "topk": self.topk,
+            "init_blocks": 1,
+            "local_blocks": 2,
+            "window": self.window,
+            "lists": lists,
+            "implementation": self.implementation,
+        }
+
+    def init_cache(self, batch_size: int, capacity: int) -> NSACache:
+        return init_nsa_cache(
+            batch_size,
+            capacity,
+            self.kv_heads,
+            self.head_dim,
             kernel_size=self.block_size,
             kernel_stride=self.block_size,
-            block_size=self.block_size,
-            topk=self.topk,
-            init_blocks=1,
-            local_blocks=2,
             window=self.window,
-            lists=lists,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
+            dtype=self.dtype,
+            compressed_dtype=accumulation_dtype(self.dtype),
         )
+
+    def append(self, remembered: Arrays, cache: NSACache, new: Array | None) -> NSACache:
+        kv = KV(*remembered)
+        return append_nsa(kv, kv, kv, cache, kernel_size=self.block_size, kernel_stride=self.block_size, new=new)
+
+    def step(self, asked: Arrays, remembered: Arrays, cache: NSACache, new: Array | None) -> tuple[Array, NSACache]:
+        (q, gates), kv = asked, KV(*remembered)
+        return cached_nsa(q, kv, kv, kv, gates, cache, new=new, **self._options(cache.selected.k.shape[1]))

@@ -13,6 +13,9 @@ RECORDS = {
     "nsa_shared": Record(SharedNSA, ATTENTION | {"block_size": 2, "topk": 4, "window": 3}, slow=True, chooses=True),
     "nsa_shared_few": Record(SharedNSA, ATTENTION | {"block_size": 4, "topk": 2, "window": 3}, slow=True, chooses=True),
     "infllm2": Record(InfLLM2, ATTENTION | WINDOWS | {"topk": 2, "window": 2, "dense_len": 0}, chooses=True),
+    "infllm2_dense": Record(
+        InfLLM2, ATTENTION | WINDOWS | {"topk": 2, "window": 2, "dense_len": 200}, slow=True, chooses=True
+    ),
     "dsa": Record(
         DSA,
         ATTENTION | {"index_heads": 2, "index_dim": 4, "topk": 4},
