@@ -21,9 +21,13 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("quick_cases"):
             cases[item.path, item.originalname].append(item)
     for same in cases.values():
-        chunkwise_first = sorted(same, key=lambda item: "chunkwise" not in item.name)
-        for item in chunkwise_first[same[0].get_closest_marker("quick_cases").args[0] :]:
+        first = sorted(same, key=lambda item: (_is_slow(item), "chunkwise" not in item.name))
+        for item in first[same[0].get_closest_marker("quick_cases").args[0] :]:
             item.add_marker(pytest.mark.slow)
+
+
+def _is_slow(item):
+    return item.get_closest_marker("slow") is not None
 
 
 def _programs(item):

@@ -13,6 +13,7 @@ from effattn_jax.models.blueprint import blueprint
 from effattn_jax.training.setup import model_maker
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

@@ -90,7 +90,7 @@ def test_the_call_runs(name):
 
 
 @pytest.mark.parametrize("name", ["attention, window 1024", "step, vector_decay"])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_hard_inputs_have_small_errors(name):
     found = errors(OPERATIONS[name], "xla", 16)
     assert found.keys() == ({"out", "state"} if "step" in name else {"out", "gradients", "gates"})

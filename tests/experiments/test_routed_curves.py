@@ -57,7 +57,7 @@ def lists(length, count, block_size, heads):
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 def test_dense_lists_are_block_attention(packed, per_head, monkeypatch):
     q, k, v = qkv(45, value_dim=6)
     monkeypatch.setattr(dense_lists, "LOGITS", 45 * 100)  # some rows at a time

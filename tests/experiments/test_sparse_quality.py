@@ -94,7 +94,7 @@ def test_lists_are_counted_by_their_pairs():
 
 
 @pytest.mark.parametrize("name", PREFILLS)
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 def test_prefill_is_counted_as_it_reads(name):
     """The values are unit vectors, so that outputs hold the weights."""
     rng = np.random.default_rng(3)
@@ -142,7 +142,7 @@ FULL = QUICK + [each for each in ALL if each not in QUICK]
 
 
 @pytest.mark.parametrize(("phase", "name"), FULL)
-@pytest.mark.quick_cases(2)
+@pytest.mark.slow
 def test_a_full_budget_is_dense(case, dense, phase, name):
     options = (prefill_options if phase == PREFILL else decode_options)(1.0, SIZES)[name]
     got, dense = quality(case, phase, name, options), dense[phase]

@@ -23,6 +23,7 @@ def test_permutations_do_not_commute():
     assert (s3_table() != s3_table().T).any()
 
 
+@pytest.mark.slow
 def test_answers_of_parity_are_counts_of_ones():
     batch = jax.device_get(draw(jax.random.key(0), 8, 33, parity_table()))
     np.testing.assert_array_equal(batch.targets, np.cumsum(batch.tokens, 1) % 2)

@@ -111,14 +111,14 @@ def forward(layer, x):
 
 
 @pytest.mark.parametrize("name", ALL_OF_A_PROMPT)
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 def test_all_of_a_prompt_is_dense_attention(name):
     layer = AttachedAttention(dense(), prefill=name, prefill_options=ALL_OF_A_PROMPT[name])
     agree(forward(dense(), X), forward(layer, X))
 
 
 @pytest.mark.parametrize("name", FEW_OF_A_PROMPT)
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 def test_a_prompt_is_read_as_the_function_reads_it(name):
     options = FEW_OF_A_PROMPT[name]
     layer = AttachedAttention(dense(), prefill=name, prefill_options=options)
@@ -150,7 +150,7 @@ def test_prefill_of_ones_own():
 
 
 @pytest.mark.parametrize("name", ALL_THAT_IS_KEPT)
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 def test_all_that_is_kept_is_dense_attention(name):
     layer = AttachedAttention(dense(), decode=name, decode_options=ALL_THAT_IS_KEPT[name])
     y, length = prefilled_and_decoded(layer, X)
@@ -239,7 +239,7 @@ DIRECTLY = {
 
 
 @pytest.mark.parametrize("name", FEW_THAT_ARE_KEPT)
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 def test_tokens_are_read_as_the_functions_read_them(name):
     layer = AttachedAttention(dense(), decode=name, decode_options=FEW_THAT_ARE_KEPT[name])
     got = np.asarray(prefilled_and_decoded(layer, X)[0])
@@ -266,6 +266,7 @@ def test_rows_do_not_depend_on_each_other():
     agree(both[1], exchanged[0])
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("name", [None, *DECODERS])
 def test_a_state_keeps_its_types(name):
     """In bfloat16, too: it is the carry of a loop."""

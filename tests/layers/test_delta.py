@@ -33,6 +33,7 @@ def outputs(layer, own, **options):
     return np.concatenate([x.reshape(-1) for x in run(layer, own, **options)])
 
 
+@pytest.mark.slow
 def test_one_householder_is_gated_delta_net():
     options = {"allow_negative_eigenvalues": True}
     own = parameters(GatedDeltaNet, **options)
@@ -45,6 +46,7 @@ def test_gated_delta_net_that_keeps_all_is_delta_net():
     agree(outputs(DeltaNet, plain, output_gate=True), outputs(GatedDeltaNet, gated, expand_v=1.0))
 
 
+@pytest.mark.slow
 def test_feedback_of_the_key_is_delta_net():
     """p = k in a Comba that keeps all."""
     comba = {"expand_v": 1.0, "inner_decay": False, "output_correction": None, "output_gate": False}
@@ -53,6 +55,7 @@ def test_feedback_of_the_key_is_delta_net():
     agree(outputs(DeltaNet, plain), outputs(Comba, own, **comba))
 
 
+@pytest.mark.slow
 def test_feedback_of_the_decayed_key_is_gated_delta_net():
     """A constant decay e^g = sigmoid(d) makes p = e^g k, which reads the memory as if it had decayed."""
     comba = {"output_correction": None, "output_gate": False}
@@ -64,6 +67,7 @@ def test_feedback_of_the_decayed_key_is_gated_delta_net():
     agree(outputs(GatedDeltaNet, gated, output_gate=False), outputs(Comba, own, **comba))
 
 
+@pytest.mark.slow
 def test_erasing_what_is_written_is_kda():
     """Gated DeltaNet 2 with b = w = beta in all channels of a head."""
     own = parameters(KimiDeltaAttention)
@@ -72,6 +76,7 @@ def test_erasing_what_is_written_is_kda():
     agree(outputs(KimiDeltaAttention, own), outputs(GatedDeltaNet2, both))
 
 
+@pytest.mark.slow
 def test_kda_with_equal_channels_is_gated_delta_net():
     """The memory alone: the output gates are not the same."""
     kda = parameters(KimiDeltaAttention, gate_rank=HEADS)

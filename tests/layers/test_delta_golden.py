@@ -99,7 +99,7 @@ def weights(tensors, config=None, layer=None):
         ("fla_comba", "comba"),
     ],
 )
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_flash_linear_attention(model, mixer):
     assert_fla_model(model, mixer, OPTIONS[mixer], weights)
 

@@ -224,6 +224,7 @@ def test_lower_bounds_rise_with_depth():
         np.testing.assert_allclose(got, weights[1 : index + 1].sum(0), rtol=1e-6)
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("gamma", [0.0, 1e-8, 0.3, 1 - 2**-20, 1.0])
 def test_forget_gate(gamma):
     """Against float64; gradients finite, at 0 too."""

@@ -9,6 +9,7 @@ from tests.layers.catalogue import BATCH, DIM, agree, forward, inputs, layer
 from tests.layers.golden import assert_fla_model
 
 
+@pytest.mark.slow
 def test_fla_forgetting_transformer():
     def weights(t, config, layer):
         names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "forget_proj": "f_proj"}

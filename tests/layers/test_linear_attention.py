@@ -35,6 +35,7 @@ def linear_attention_weights(t, config, layer):
     return weights | {"norm.scale": t["norm.weight"]}
 
 
+@pytest.mark.slow
 def test_fla_linear_attention():
     def options(config, layer):
         own = {"feature_map": config["feature_map"], "normalise": False, "scale": None, "output_norm": True}
@@ -72,6 +73,7 @@ def mixture(x, t, config):
     return y
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("index", [0, 1])
 def test_lightning_is_minimax(index):
     """The layers of linear attention; residuals of MiniMax-01 are of the normed input, and its experts are written

@@ -63,7 +63,7 @@ def stack(name):
 
 
 @SOME
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_under_scan(name):
     x = inputs(LENGTH)
     variables = jit(stack(name).init)(jax.random.key(0), x, None)

@@ -69,6 +69,7 @@ def by_loops(moe, x, *, score="softmax", renormalise=True, groups=1, top_groups=
     return out
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("case", CASES)
 def test_against_loops(case):
     moe = layer(CASES[case])
@@ -118,6 +119,7 @@ def test_errors(options, argument):
         layer(options)
 
 
+@pytest.mark.slow
 def test_in_a_model():
     """Blocks with experts beside one without; only k of E experts count as work."""
     sizes = {"vocab_size": 11, "dim": DIM, "mlp_dim": HIDDEN, "pattern": ("dense", "sparse"), "repeats": 2}

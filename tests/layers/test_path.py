@@ -1,5 +1,7 @@
 """PaTH against the public implementation's small model."""
 
+import pytest
+
 from tests.layers.golden import assert_fla_model
 
 
@@ -21,6 +23,7 @@ def weights(t, config, layer):
     }
 
 
+@pytest.mark.slow
 def test_fla_path_attn():
     """Past its first block of 64 tokens the reference rounds what it carries on: 1e-3 is the fixture's own limit."""
     assert_fla_model("fla_path_attn", "path", options, weights, long_atol=1e-3)

@@ -145,6 +145,7 @@ def test_model_of_the_authors():
     np.testing.assert_allclose(logits, io["logits"], **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_states_and_generation_of_the_authors():
     """Their memory is values by keys."""
     io, model = golden("rwkv7").io, authors()
@@ -162,6 +163,7 @@ def test_states_and_generation_of_the_authors():
         logits = logits[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", ["input", "long"])
 def test_model_of_flash_linear_attention(tokens):
     io = golden("fla_rwkv7").io
@@ -187,6 +189,7 @@ def published():
     }
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("first", "total", "last", "memory", "entry"),
     [
@@ -235,6 +238,7 @@ def test_parameters_of_a_released_model(dim, layers, vocab, ranks, count):
     assert layers * size(make) + 2 * size(lambda: LayerNorm(dim)) + 2 * vocab * dim == count
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("index", [0, 1, 4])
 def test_start(index):
     """Channel by channel from the authors' formulas; the index may be traced."""

@@ -48,6 +48,7 @@ def test_window_attention_sees_its_window_and_the_persistent_tokens():
     agree(want.reshape(BATCH, 17, -1), forward(attention, x))
 
 
+@pytest.mark.slow
 def test_memory_that_learns_and_forgets_nothing_is_its_start():
     memory, x = filled(lambda: Titans(DIM, **OPTIONS | {"depth": 2}, rngs=nnx.Rngs(0))).memory, inputs(11)
     still = lambda bias: bias.set_value(jnp.full_like(bias[...], -1e9))  # noqa: E731
@@ -98,6 +99,7 @@ def test_a_changed_token_changes_nothing_before_it(name):
         assert np.abs(before[:, j] - after[:, j]).min(axis=-1).max() > 0
 
 
+@pytest.mark.slow
 def test_an_untrained_memory_stays_bounded():
     """Keys all alike, over a thousand tokens: the steps at the start do not overshoot."""
     memory = Titans(DIM, heads=1, head_dim=32, rngs=nnx.Rngs(0)).memory

@@ -39,6 +39,7 @@ def parameter_gradients(module, x, weights):
     return jax.grad(loss)(module), jax.grad(checkpointed)(module)
 
 
+@pytest.mark.quick_cases(1)
 @EVERY
 def test_gradients_reach_every_parameter(name):
     """With respect to the module as it is; the same ones with recomputation."""
@@ -54,6 +55,7 @@ def test_gradients_reach_every_parameter(name):
         agree(a, b, limit=1e-6)
 
 
+@pytest.mark.quick_cases(2)
 @EVERY
 def test_gradient_is_the_slope(name):
     """Along a random direction of all parameters, by central differences whose error is of fourth order."""
@@ -91,6 +93,7 @@ def test_vmap_over_inputs_and_states(name):
         agree(step(layer(name), x[i], end)[0], y[i])
 
 
+@pytest.mark.quick_cases(5)
 @EVERY
 def test_parameters_name_their_axes(name):
     for path, variable in nnx.to_flat_state(nnx.state(layer(name), nnx.Param)):
@@ -115,6 +118,7 @@ class Residual(nnx.Module):
         return x, tuple(new)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["mamba2_groups", "attention_window_sinks"])
 def test_inside_a_module_of_the_user(name):
     model = filled(lambda: Residual(RECORDS[name], nnx.Rngs(0)))

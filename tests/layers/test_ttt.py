@@ -124,6 +124,7 @@ def test_logits_of_the_authors(name):
     np.testing.assert_allclose(model(name)(io["input_ids"])[0], io["logits"], **TOLERANCE)
 
 
+@pytest.mark.slow
 @NAMES
 def test_generation_of_the_authors(name):
     """A prefill that ends inside a mini-batch, then token by token over the end of it and of the next one."""

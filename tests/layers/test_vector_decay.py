@@ -55,11 +55,12 @@ def gla_weights(t, config, layer):
 
 
 @pytest.mark.parametrize("name", ["fla_gla", "fla_gla_gqa_conv"])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_gla_is_that_of_flash_linear_attention(name):
     assert_fla_model(name, "gla", gla_options, gla_weights)
 
 
+@pytest.mark.slow
 def test_hgrn2_is_that_of_flash_linear_attention():
     """Logits of the lower bounds are the model's; each of our layers has them all. The eps of the config, 1e-6, is
     not that of the norm in its mixers, 1e-5."""
@@ -219,6 +220,7 @@ def flash_linear_attention():
     return Model(t["model.embeddings.weight"], embedding_norm, layers, under("model.norm.", t), t["lm_head.weight"])
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("tokens", "logits"), [("input_ids", "logits"), ("long_ids", "long_logits")])
 def test_rwkv6_is_that_of_flash_linear_attention(tokens, logits):
     io = golden("fla_rwkv6").io
@@ -294,6 +296,7 @@ def test_rwkv6_without_low_rank_parts_is_rwkv5():
     agree(forward(rwkv5, inputs(70)), forward(rwkv6, inputs(70)))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("version", [5, 6])
 def test_rwkv_block_in_two_calls_is_one_pass(version):
     """Time mix and channel mix in a `Block`, each with a state of its own."""
@@ -307,7 +310,7 @@ def test_rwkv_block_in_two_calls_is_one_pass(version):
 
 
 @pytest.mark.parametrize("w", [6.0, 100.0])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_rwkv_with_a_decay_beyond_float32(w):
     """Such a memory holds nothing; gradients are numbers."""
 
@@ -323,6 +326,7 @@ def test_rwkv_with_a_decay_beyond_float32(w):
     agree(last.memory, state.memory)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("index", [0, 1, 4])
 def test_where_rwkv_starts(index):
     """Channel by channel from the authors' formulas; the index may be traced."""

@@ -48,7 +48,6 @@ UNCOMPILED = {  # by kernels
 }
 STRONG = ("strong", "weak")  # gates that are quick
 ROUNDED = {"scalar_decay", "delta_rule, scalar", "dplr"}  # quick in bfloat16: a cumulative gate, a solve, low rank
-PACKING = "straddling"
 WHOLE = "scalar_decay"
 
 
@@ -90,8 +89,8 @@ def is_quick(engine, form, test, parameters):
         return is_quick_of_kernels(engine, test, parameters)
     if engine.variant or test not in SHARED | ONE_FORM.keys():
         return False
-    if parameters.get("packing", PACKING) != PACKING and test == "test_packed_documents_equal_separate_rows":
-        return False  # each packing has programs of its own for the oracle
+    if test == "test_packed_documents_equal_separate_rows":
+        return False  # programs of its own for the oracle, which "test_float64_equals_numpy" has too
     if parameters.get("strength", "strong") not in STRONG:
         return False
     if test in ONE_FORM:

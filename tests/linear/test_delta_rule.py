@@ -33,6 +33,7 @@ def test_golden_gated_delta(form):
     assert_printed(got, -2.117314, [-0.943915, -1.060560, -0.794657], [-3.556500, -0.447786])
 
 
+@pytest.mark.quick_cases(3)
 @every_form
 def test_golden_kimi_delta_attention(form):
     got = one_head(run, {"q": q, "k": k, "v": v, "beta": beta, "log_decay": gv}, scale=1.0, form=form)
@@ -66,11 +67,13 @@ def _matches(op, case, form, read=None):
     fixture.assert_matches(function, fixture.load(op)[case])
 
 
+@pytest.mark.quick_cases(1)
 @cases("delta_rule", FORMS, "T65", "T65_neg")
 def test_fixture_delta_rule(form, case):
     _matches("delta_rule", case, form)
 
 
+@pytest.mark.quick_cases(1)
 @cases("gated_delta_rule", FORMS, "T65_neg", "T130_strong")
 def test_fixture_gated_delta_rule(form, case):
     _matches("gated_delta_rule", case, form)
@@ -83,6 +86,7 @@ def test_fixture_kimi_delta_attention(form, case):
     _matches("kda", case, form)
 
 
+@pytest.mark.slow
 @cases("gated_delta_product", FORMS, "T65")
 def test_fixture_gated_delta_product(form, case):
     """Two steps per token."""

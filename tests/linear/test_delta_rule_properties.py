@@ -36,7 +36,7 @@ def per_row(g, like):
 
 
 @every_gate
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_what_a_chunk_writes_is_the_corrected_error(gate):
     """X_i = beta_i (v_i - k_i^T diag(e^{g_i}) S_{i-1}), with the states of the recurrent form."""
     _, k, v, beta, g, start = draw(gate, length=20)
@@ -52,6 +52,7 @@ def test_what_a_chunk_writes_is_the_corrected_error(gate):
         state = decayed + k[:, i, :, :, None] * want[:, :, None]
 
 
+@pytest.mark.quick_cases(1)
 @every_gate
 def test_a_transition_never_expands(gate):
     """|k| = 1, beta in [0, 2], g <= 0: no singular value, so no eigenvalue, is above 1."""
@@ -65,6 +66,7 @@ def test_a_transition_never_expands(gate):
         assert each[beta.reshape(B * T, H) == 2].min() >= 1 - 1e-6
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
 def test_memory_stays_bounded_over_a_long_run(form):
     """Reflections keep the norm of what is there; any beta keeps it from growing; writes do not pile up."""
@@ -79,13 +81,14 @@ def test_memory_stays_bounded_over_a_long_run(form):
 
 @every_form
 @every_gate
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(2)
 def test_a_write_with_beta_one_is_read_back(form, gate):
     _, k, v, beta, g, start = draw(gate)
     out, _ = run(k, k, v, np.ones_like(beta), g, scale=1.0, initial_state=start, form=form)
     assert_close(v, out, FLOAT32)
 
 
+@pytest.mark.quick_cases(2)
 @every_form
 @every_gate
 def test_beta_zero_reads_the_decayed_state(form, gate):
@@ -96,6 +99,7 @@ def test_beta_zero_reads_the_decayed_state(form, gate):
     assert_close(keep[:, -1, :, :, None] * start, state, FLOAT32)
 
 
+@pytest.mark.quick_cases(2)
 @every_form
 def test_orthonormal_keys_with_beta_one_are_linear_attention(form):
     q, _, v, beta, _, _ = draw("none", length=K)
@@ -106,7 +110,7 @@ def test_orthonormal_keys_with_beta_one_are_linear_attention(form):
 
 
 @every_form
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_equal_gates_are_one_gate_and_zero_gates_are_none(form):
     """KDA with equal channels is Gated DeltaNet, which without decay is DeltaNet."""
     q, k, v, beta, g, _ = draw("scalar")
@@ -119,7 +123,7 @@ def test_equal_gates_are_one_gate_and_zero_gates_are_none(form):
 
 @every_form
 @every_gate
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 def test_equals_low_rank_transition(form, gate):
     """a = -e^g k, b = beta k and values beta v: a reads the state before it decays."""
     q, k, v, beta, g, start = draw(gate)
@@ -132,6 +136,7 @@ def test_equals_low_rank_transition(form, gate):
     assert_close(want, got, FLOAT32)
 
 
+@pytest.mark.slow
 def test_two_reflections_are_a_rotation():
     """Complex eigenvalues on the unit circle: what one symmetric step cannot do."""
     k = unit(np.array([[1.0, 0, 0], [1, 1, 0]], np.float32))[None, :, None]
@@ -140,6 +145,7 @@ def test_two_reflections_are_a_rotation():
     np.testing.assert_allclose(np.sort_complex(eigenvalues), [-1j, 1j, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_with_orthogonal_keys_commute():
     _, _, v, beta, _, start = draw("none", length=2)
     k = np.broadcast_to(np.eye(2, K, dtype=np.float32)[None, :, None], (B, 2, H, K))

@@ -124,6 +124,7 @@ def test_gated_delta_net_2_with_constant_gates_is_kimi_delta_attention(form):
     assert_close(want, got, FLOAT32)
 
 
+@pytest.mark.quick_cases(1)
 @every_form
 def test_comba_that_feeds_back_the_decayed_key_is_gated_delta_net(form):
     q, k, v, g, start = draw()

@@ -115,6 +115,7 @@ def test_sum_normalise():
     assert not np.asarray(sum_normalise(np.zeros((2, 4), np.float32))).any()
 
 
+@pytest.mark.slow
 def test_golden_fast_weight_delta():
     with jax.enable_x64(True):
         phi = lambda x: sum_normalise(dpfp(heads(x), 2))  # noqa: E731

@@ -45,6 +45,7 @@ def test_golden(form):
         np.testing.assert_allclose(out[0, -1, 0], [-0.079169, 0.041619, 0.147395], rtol=0, atol=5.1e-7)
 
 
+@pytest.mark.quick_cases(6)
 @every_form
 @pytest.mark.parametrize("packing", [None, "straddling", "padding"])
 def test_is_the_kernel_matrix(form, packing):
@@ -63,6 +64,7 @@ def test_decay_is_in_the_denominator_too(form):
     assert_close(kernel_matrix(q, k, v, np.tri(LENGTH)[None], g), out, FLOAT32)
 
 
+@pytest.mark.quick_cases(2)
 @every_form
 def test_gradients(form):
     q, k, v = draw()
@@ -83,6 +85,7 @@ def test_gradients(form):
     assert_close(want, gradients(lambda *x: linear_attention(*x, form=form)[0]), FLOAT32)
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("cut", [0, 1, 64, 100, LENGTH])
 def test_split_is_one_pass(cut):
     q, k, v = draw()
@@ -100,6 +103,7 @@ def test_bfloat16():
     assert_close(want, out.astype(jnp.float32), BFLOAT16_OUT)
 
 
+@pytest.mark.slow
 def test_a_row_without_weight_is_zero():
     q, k, v = draw()
     out, _ = run(q * 0, k, v)

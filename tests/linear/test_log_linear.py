@@ -58,6 +58,7 @@ def test_fixture(form, case):
     fixture.assert_matches(function, fixture.load("log_linear_attn")[case])
 
 
+@pytest.mark.quick_cases(3)
 @every_form
 def test_level_scales_of_one_are_scalar_decay(form):
     """The blocks of the memory then sum to the one matrix; 100 tokens are no power of two."""
@@ -67,6 +68,7 @@ def test_level_scales_of_one_are_scalar_decay(form):
     assert_close((want, state), (out, levels.levels.sum(2)), FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [128, pytest.param(192, marks=pytest.mark.slow)])
 def test_whole_chunks_from_nothing_equal_the_recurrence(length):
     """Blocks smaller than a chunk are left out then: outputs, states and gradients are those of the general case."""
@@ -142,6 +144,7 @@ def test_slots_without_tokens_are_not_read():
     assert_close(want, out, 1e-6)
 
 
+@pytest.mark.slow
 def test_affine_maps_compose_to_one_pass():
     """Across a boundary of documents too; the map of a later part depends on how many tokens came before."""
     _, k, v, g, _ = draw(50, 8, batch=2)

@@ -18,6 +18,7 @@ T, K, V = 8, 4, 3
 run = jit(mamba3, static_argnames="form")
 
 
+@pytest.mark.quick_cases(3)
 @every_form
 def test_golden(form):
     dt = np.logaddexp(0, det(19, (T,)) - 1)
@@ -34,6 +35,7 @@ def test_golden(form):
     close([matrix.sum(), matrix[0, 0]], [3.803295, -0.311993])
 
 
+@pytest.mark.quick_cases(3)
 @every_form
 @pytest.mark.parametrize("strength", ["mild", "strong"])
 def test_later_token_alone_without_angles_is_mamba2(form, strength):
@@ -55,6 +57,7 @@ def test_sum_of_angles_keeps_its_precision():
     np.testing.assert_array_equal(jax.grad(lambda x: wrapped(x * 3.0))(0.4), 3)
 
 
+@pytest.mark.quick_cases(2)
 @every_form
 def test_whole_turns_change_nothing(form):
     rng = np.random.default_rng(1)

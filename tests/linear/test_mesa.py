@@ -22,6 +22,7 @@ def drawn(strength="mild", **sizes):
     return draw_problem(RECORDS[0], Sizes(**sizes), strength).inputs
 
 
+@pytest.mark.quick_cases(3)
 @every_form
 def test_golden(form):
     length, key_dim = 8, 4
@@ -53,6 +54,7 @@ def test_fixture(form, case):
     fixture.assert_matches(function, fixture.load("mesa_net")[case])
 
 
+@pytest.mark.slow
 def test_thirty_iterations_are_the_exact_solve():
     """Also where they are fewer than the dimension and nothing is forgotten; five are not enough there."""
     x = drawn("weak", length=150, key_dim=64, value_dim=8, batch=1, heads=(2, 2, 2))
@@ -62,6 +64,7 @@ def test_thirty_iterations_are_the_exact_solve():
     assert np.abs(want - rough).max() > 1e-4
 
 
+@pytest.mark.quick_cases(1)
 @every_form
 def test_large_ridge_is_gated_linear_attention(form):
     x = drawn()

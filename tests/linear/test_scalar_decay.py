@@ -138,6 +138,7 @@ def test_fixture_mamba2(form, case):
     fixture.assert_matches(function, fixture.load("mamba2_ssd")[case])
 
 
+@pytest.mark.quick_cases(2)
 @every_form
 def test_no_decay_equals_zero_decay_equals_cumulative_sum(form):
     """g = 0 is linear attention, however it is written."""
@@ -150,6 +151,7 @@ def test_no_decay_equals_zero_decay_equals_cumulative_sum(form):
     assert_close(np.einsum("bhij,bjhv->bihv", scores, x["v"]), want, FLOAT32)
 
 
+@pytest.mark.quick_cases(3)
 @every_form
 def test_constant_decay_per_token_equals_per_head(form):
     """Mamba-2 with dt = 1 and A = log gamma is the core of RetNet."""

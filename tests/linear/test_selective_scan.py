@@ -56,6 +56,7 @@ def test_fixture(form, case):
     fixture.assert_matches(function, fixture.load("mamba1_selective_scan")[case])
 
 
+@pytest.mark.quick_cases(3)
 @every_form
 def test_one_memory_is_a_diagonal_scan(form):
     rng = np.random.default_rng(0)

@@ -56,6 +56,7 @@ def _from(h0):
     return TitansState((h0,), (jnp.zeros_like(h0),), (h0,), jnp.zeros(len(h0), jnp.int32))
 
 
+@pytest.mark.slow
 @_cases("titans_plain")
 def test_fixture_plain(form, case):
     """A gradient per token of 1/2 |k M - v|^2, linear memory."""
@@ -111,7 +112,7 @@ def _weights(*dims, count=2, seed=1):
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_gradients_are_those_of_autodiff(activation, normed):
     """Of the summed loss, for every matrix of a network of three layers."""
     with jax.enable_x64(True):
@@ -142,6 +143,7 @@ def test_token_by_token_without_momentum_is_dplr(form):
         assert_close((want, memory), (out, state.memory[0]), 1e-12)
 
 
+@pytest.mark.quick_cases(1)
 @every_form
 def test_token_by_token_without_momentum_and_decay_is_the_delta_rule(form):
     """Test-time training of a linear map without norm and residual, a token a mini-batch."""

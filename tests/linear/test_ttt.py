@@ -102,7 +102,7 @@ def test_no_learning_is_a_fixed_network(engine, form):
 
 
 @every_engine
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_gradient_by_hand_is_that_of_the_loss(engine):
     """Of the weights of every layer, each token having its own."""
     with jax.enable_x64(True):
@@ -169,7 +169,7 @@ def _with_bias(x):
 
 
 @pytest.mark.parametrize("form", ["recurrent", "aligned", "chunkwise"])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_mini_batches_of_one_are_the_delta_rule(form):
     x = draw_problem(RECORDS[0], Sizes(37, 8, heads=(2, 2, 2))).inputs
     q, k = _with_bias(x)

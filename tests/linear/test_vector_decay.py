@@ -94,6 +94,7 @@ def test_fixture_rwkv6(form, case):
     fixture.assert_matches(function, fixture.load("rwkv6")[case])
 
 
+@pytest.mark.slow
 @_cases("rwkv5", "T65")
 def test_fixture_rwkv5(form, case):
     def function(x):
@@ -143,6 +144,7 @@ def test_bonus_of_one_token(form):
     assert_close((want, x["k"][:, 0, :, :, None] * x["v"][:, 0, :, None]), (out, state), FLOAT32)
 
 
+@pytest.mark.quick_cases(3)
 @every_form
 def test_hgrn2_without_lower_bound_is_gla_with_tied_keys(form):
     """k = 1 - sigmoid(f), e^g = sigmoid(f): with a state that is their running average."""

@@ -43,6 +43,7 @@ def test_blocks_and_options():
     assert OPTIONS["mixers"].keys() == {"attention"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["gated_delta_net", "gla"])
 def test_weights_are_the_teachers(mixer):
     changed, teacher, fresh, student, taken = both(mixer, [0, 2])
@@ -87,6 +88,7 @@ def test_nothing_replaced_by_itself_is_the_teacher():
     assert sum(taken.values()) == sum(x.size for x in student.values())
 
 
+@pytest.mark.slow
 def test_blocks_one_by_one_are_the_model():
     model = build(with_mixer(OPTIONS, "gla", [0, 3]), 0)
 

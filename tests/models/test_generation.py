@@ -47,6 +47,7 @@ def test_greedy_is_repeated_full_passes():
     assert len({row.tobytes() for row in greedy()}) == len(PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chunk", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(16, marks=pytest.mark.slow)]
 )
@@ -81,6 +82,7 @@ def test_stop_tokens():
     assert [set(row[len(cut(row, stops)) :]) - set(stops) for row in rows] == [set()] * len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_all_rows_stop_at_once():
     stops = tuple(range(VOCAB))
     rows = generate(hybrid(), PROMPTS, max_new_tokens=STEPS, sampling=GREEDY, stop_tokens=stops)

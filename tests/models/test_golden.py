@@ -75,6 +75,7 @@ def test_logits(make):
     np.testing.assert_allclose(logits, g.io["logits"], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.quick_cases(1)
 @MODELS
 def test_left_padded_logits(make):
     g, model = make()
@@ -119,6 +120,7 @@ def check_gradients(name, value, ours):
             np.testing.assert_allclose(product, theirs[f"dot/{key}"], atol=1e-3 * norm, rtol=0, err_msg=key)
 
 
+@pytest.mark.slow
 def test_gradients_of_mistral():
     _, value, grad = gradients(mistral)
     ours = {

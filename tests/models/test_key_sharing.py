@@ -98,6 +98,7 @@ def numbers(model):
     return {name: np.asarray(x, np.float64) for name, x in parameters_of(model).items()}
 
 
+@pytest.mark.quick_cases(1)
 @EVERY
 def test_against_loops(layers):
     model = make(layers)
@@ -171,6 +172,7 @@ def test_a_cache_for_each_layer_with_keys(layers):
     assert sizes(model, LENGTH).cache_bytes == caches
 
 
+@pytest.mark.slow
 def test_rounded_keys_and_values():
     """The error of an int8 cache against the one pass, and its bytes: a number for each channel, a scale for each."""
     rounded = {name: options | {"cache_dtype": "int8"} for name, options in MIXERS.items()}

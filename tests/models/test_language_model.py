@@ -54,6 +54,7 @@ def test_without_feed_forward_layers():
     agree(model.final_norm(x), jit(lambda model, tokens: model.hidden(tokens)[0])(model, TOKENS))
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     def size(repeats):
         model = hybrid(repeats=repeats)
@@ -102,6 +103,7 @@ def test_recomputation_changes_nothing():
         assert np.abs(want[name]).max() > 0, name
 
 
+@pytest.mark.slow
 def test_recomputation_keeps_less():
     """Of the blocks' feed-forward layers the backward scan gets no hidden activations [repeats, B, T, mlp]."""
 

@@ -25,6 +25,7 @@ def alone(row):
     return np.asarray(forward(hybrid(), jnp.asarray(tokens)))[0, : len(row) - 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_rows(batch_size):
     for row, found in zip(ROWS, token_scores(hybrid(), ROWS, batch_size=batch_size), strict=True):
@@ -58,7 +59,7 @@ def test_windows_count_each_token_once(length, window, stride):
 
 
 @pytest.mark.parametrize(("window", "stride"), [(31, 7), (31, None)])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_a_text_in_windows(window, stride):
     """Each token from the window that counts it, which a loop finds."""
     (found,) = log_probability(hybrid(), [LONG], window=window, stride=stride, batch_size=2)

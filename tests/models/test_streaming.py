@@ -56,6 +56,7 @@ def test_a_stream_takes_the_best_tokens_and_ends_before_a_stop_token():
         assert got == cut(np.array(said(*PROMPT)), (stop,)).tolist()
 
 
+@pytest.mark.slow
 def test_a_stream_comes_in_blocks(monkeypatch):
     """The first tokens are there before the last are drawn."""
     calls = []
@@ -66,6 +67,7 @@ def test_a_stream_comes_in_blocks(monkeypatch):
     assert seen == list(zip(said(*PROMPT), (1, 1, 1, 2, 2, 2, 3), strict=True))
 
 
+@pytest.mark.slow
 def test_a_conversation_is_one_row():
     talk = session()
     talk.append(PROMPT)
@@ -80,6 +82,7 @@ def test_a_conversation_is_one_row():
     assert list(talk.tokens) == [*PROMPT, *first, *MORE, *second, *third]
 
 
+@pytest.mark.slow
 def test_a_stop_token_is_part_of_the_conversation():
     stop = said(*PROMPT)[3]
     kept = said(*PROMPT)[: said(*PROMPT).index(stop)]

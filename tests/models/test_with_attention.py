@@ -83,6 +83,7 @@ def test_everything_is_read(mechanisms):
     np.testing.assert_array_equal(want, generate(model, TOKENS[:, :PROMPT], max_new_tokens=6, temperature=0))
 
 
+@pytest.mark.slow
 def test_few_are_read():
     """What is drawn is what the scores of the same tokens, given, are greatest for."""
     model = decoding_by(FEW)

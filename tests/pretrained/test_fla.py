@@ -49,6 +49,7 @@ QKV = {"q_proj.weight": (32, 32), "k_proj.weight": (16, 32), "v_proj.weight": (1
 BIASES = {"q_proj.bias": (32,), "k_proj.bias": (16,), "v_proj.bias": (16,)}
 
 
+@pytest.mark.slow
 def test_blocks_of_softmax_attention(tmp_path):
     """One group, every second block: what is written has the published names and comes back."""
     model = drawn(config_of("fla_gla", **LAYERS, attn=SOFTMAX))

@@ -55,7 +55,7 @@ def test_the_host_holds_one_tensor_at_a_time(shards):
 
 
 @pytest.mark.parametrize("name", ["jamba", "mistral_swa"])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_a_mesh_holds_what_one_device_holds(name):
     """Stacked parameters, experts and convolutions, cut along both axes."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4])
@@ -73,6 +73,7 @@ def test_shards_are_one_file(tmp_path):
     same(model, load(tmp_path / "many"))
 
 
+@pytest.mark.slow
 def test_dtypes(tmp_path):
     """Matrices and computation take what is asked for; rates and norms stay. Saving keeps what is there."""
     model = load(fixture("mamba").path, dtype=jnp.bfloat16)

@@ -21,6 +21,7 @@ def sparse(path, **given):
     return load(path), own.io
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("budget", [{"topk": 2, "dense_len": 8192}, {"topk": 16, "dense_len": -1}])
 def test_short_rows_and_large_budgets_are_read_whole(budget, tmp_path):
     model, io = sparse(tmp_path, **budget)

@@ -34,6 +34,7 @@ def whole(request, tmp_path):
     return tmp_path
 
 
+@pytest.mark.quick_cases(1)
 def test_the_language_model_is_that_of_the_text_checkpoint(whole, tmp_path):
     given = fixture("gemma3_text")
     model = load(whole)

@@ -36,11 +36,54 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @VERSIONS
 def test_a_file_without_a_config(name, tmp_path):
     model = load(pth.write(tmp_path / "x.pth", tensors(name)))
     assert model.source.config == fixture(name).config | RANKS[name] | {"dtype": "float32"}
     assert_same(model, load(fixture(name).path))
+
+
+AUTHORS = {
+    "rwkv.": "",
+    "embeddings.": "emb.",
+    "pre_ln": "ln0",
+    "attention.": "att.",
+    "feed_forward.": "ffn.",
+    "mix_key": "mix_k",
+    "mix_value": "mix_v",
+    "mix_receptance": "mix_r",
+}
+"""Transformers' names of RWKV-4 -> those of its authors."""
+
+
+def test_rwkv4_of_its_authors(tmp_path):
+    """The same numbers under both names; a `.pth` file is enough, and is written as it was."""
+    given = {}
+    for name, x in tensors("rwkv4").items():
+        for theirs, authors in AUTHORS.items():
+            name = name.replace(theirs, authors)
+        given[name] = x
+    model = load(pth.write(tmp_path / "x.pth", given))
+    sizes = {"vocab_size": 64, "n_embd": 32, "dim_att": 32, "dim_ffn": 64, "n_layer": 3}
+    assert model.source.config == {"version": "4", **sizes, "dtype": "float32"}
+    assert_same(model, load(fixture("rwkv4").path))
+    save(model, tmp_path / "out")
+    assert raw(tmp_path / "out") == {name: x.tobytes() for name, x in given.items()}
+
+
+def test_rwkv4_of_other_sizes():
+    """An attention as wide as the config says, a head that is the embedding, and what a config leaves out."""
+    config = {"model_type": "rwkv", "hidden_size": 32, "vocab_size": 64, "num_hidden_layers": 2}
+    make = lambda **more: nnx.eval_shape(lambda: from_config(config | more, rngs=nnx.Rngs(0)))  # noqa: E731
+    block = make().units.blocks[0]
+    assert block.mixer.k_proj.kernel.shape == (2, 32, 32)
+    assert block.mlp.k_proj.kernel.shape == (2, 32, 128)
+    model = make(attention_hidden_size=48, intermediate_size=40, tie_word_embeddings=True)
+    assert model.units.blocks[0].mixer.k_proj.kernel.shape == (2, 32, 48)
+    assert model.units.blocks[0].mixer.u.shape == (2, 48)
+    assert model.units.blocks[0].mlp.k_proj.kernel.shape == (2, 32, 40)
+    assert model.head is None
 
 
 @VERSIONS
@@ -55,6 +98,7 @@ def test_what_a_config_says_counts(name, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.slow
 @VERSIONS
 def test_bfloat16_is_written_as_safetensors(name, tmp_path):
     """Releases are bfloat16: computed in it, and the same bits under the same names in the other format."""
@@ -68,6 +112,7 @@ def test_bfloat16_is_written_as_safetensors(name, tmp_path):
     assert_same(model, load(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_tensors_of_the_first_layer_without_effect(tmp_path):
     """v0, v1, v2 of layer 0, even of a rank of their own: not read, not written."""
     extra = {
@@ -80,6 +125,7 @@ def test_tensors_of_the_first_layer_without_effect(tmp_path):
     assert header(tmp_path / "out") == fixture("rwkv7").tensors
 
 
+@pytest.mark.slow
 def test_a_tensor_that_lies_turned(tmp_path):
     """Column by column, and one number for all channels."""
     given = tensors("rwkv7")
@@ -120,7 +166,7 @@ def test_a_size_that_no_tensor_has(lost, needed, tmp_path):
 
 
 def test_a_file_of_another_model(tmp_path):
-    with pytest.raises(ValueError, match=r"got a\.weight, \.\.\.; needs those of RWKV-5, RWKV-6, RWKV-7, or a config"):
+    with pytest.raises(ValueError, match=r"got a\.weight, \.\.\.; needs those of RWKV-4, RWKV-5, RWKV-6, RWKV-7, or a config"):
         load(pth.write(tmp_path / "x.pth", {"a.weight": np.zeros(3, np.float32)}))
 
 
@@ -151,7 +197,7 @@ def test_random_weights_from_a_version_and_sizes():
 
 
 def test_an_unknown_version():
-    with pytest.raises(ValueError, match="model_type: got 'RWKV-9'; needs one of RWKV-5, "):
+    with pytest.raises(ValueError, match="model_type: got 'RWKV-9'; needs one of RWKV-4, "):
         from_config({"version": 9}, rngs=nnx.Rngs(0))
 
 

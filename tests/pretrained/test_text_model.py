@@ -96,6 +96,7 @@ def greedy_text(text_model, context, count):
     return text_model.tokenizer.decode(row)[len(context) :]
 
 
+@pytest.mark.slow
 def test_generate_until(text_model):
     want = {context: greedy_text(text_model, context, 12) for context in ("hello", "wo", "a b c")}
     stop = {context: text[2] for context, text in want.items()}

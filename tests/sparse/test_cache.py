@@ -52,6 +52,7 @@ def test_chunks_are_one_pass(window, capacity, chunk):
     assert int(cache.length) == LENGTH
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("window", [WINDOW, None])
 def test_uneven_chunks_with_documents_and_padding(window):
     arrays, ids = qkv(LENGTH), documents(LENGTH)
@@ -71,6 +72,7 @@ def test_new_tokens_continue_the_last_document():
     assert_close(attend(*arrays, segment_ids=ids)[:, 7:], got, FLOAT32)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("window", [WINDOW, None])
 def test_left_padding_does_not_matter(window):
     """A row without and a row with 9 tokens of padding that hold garbage; the next 10 tokens continue both."""
@@ -114,7 +116,7 @@ def integers(x):
 
 @pytest.mark.parametrize("implementation", ["xla", "dense"])
 @pytest.mark.parametrize("window", [WINDOW, None])
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 def test_an_int8_cache_is_attention_over_integers(window, implementation):
     arrays, ids = qkv(LENGTH, value_dim=12), documents(LENGTH)
     cache, exact = cache_of(LENGTH, arrays, jnp.int8), cache_of(LENGTH, arrays)
@@ -160,6 +162,7 @@ def test_layers_are_scanned():
     assert_close(want, out, FLOAT32)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("window", [WINDOW, None])
 def test_gradients_flow_through_a_chunk(window):
     """Backpropagation through the second chunk into the keys that the first one stored."""

@@ -40,6 +40,7 @@ def clusters_of(cache, row, group):
     ]
 
 
+@pytest.mark.slow
 def test_k_means():
     x = randn(0, (50, 6))[0]
     centers, labels = (np.asarray(y) for y in spherical_kmeans(x, 7, key=jax.random.key(0)))
@@ -54,6 +55,7 @@ def test_k_means():
     assert all(len(set(np.asarray(labels)[4 * i : 4 * i + 4])) == 1 for i in range(6))
 
 
+@pytest.mark.slow
 def test_every_token_is_in_one_cluster():
     _, k, v = qkv(LENGTH)
     cache = filled(k, v)
@@ -71,6 +73,7 @@ def test_every_token_is_in_one_cluster():
                     np.testing.assert_allclose(means[row, group, c], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_split_of_new_tokens_is_the_same_cache():
     _, k, v = qkv(LENGTH)
     whole = append(filled(k, v), k[:, PROMPT:], v[:, PROMPT:], clustering=SMALL)
@@ -91,6 +94,7 @@ def expected(q, k, v, cache, budget, sink=3):
     return mask
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("budget", [9, 20, 1000])
 def test_reads_the_best_clusters_up_to_the_budget(budget):
     q, k, v = qkv(1, LENGTH)
@@ -106,6 +110,7 @@ def test_reads_the_best_clusters_up_to_the_budget(budget):
         assert_close(attention(q, k, v), out, FLOAT32)
 
 
+@pytest.mark.slow
 def test_like_keys_are_read_together():
     q, k, v = qkv(1, LENGTH)
     planted = [5, 17, 29, 36]
@@ -118,6 +123,7 @@ def test_like_keys_are_read_together():
     assert (np.asarray(weights)[:, 0, ::2, planted] > 0.1).all()
 
 
+@pytest.mark.slow
 def test_zones_that_hold_everything_are_dense_attention():
     q, k, v = qkv(1, LENGTH)
     cache = append(filled(k, v), k[:, PROMPT:-1], v[:, PROMPT:-1], clustering=SMALL)
@@ -125,6 +131,7 @@ def test_zones_that_hold_everything_are_dense_attention():
     assert_close(attention(q, k, v), out, FLOAT32)
 
 
+@pytest.mark.slow
 def test_estimates_are_exact_where_keys_are_alike():
     q, k, v = qkv(1, LENGTH)
     rng = np.random.default_rng(3)
@@ -139,6 +146,7 @@ def test_estimates_are_exact_where_keys_are_alike():
     assert_close(attention(q, k, v), run(retrieval=0.0, estimation=1.0)[0], FLOAT32)
 
 
+@pytest.mark.slow
 def test_the_rest_is_left_out():
     """Zones by brute force: read, estimated, dropped."""
     q, k, v = qkv(1, LENGTH)

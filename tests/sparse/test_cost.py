@@ -19,7 +19,7 @@ def shapes(length):
 
 
 @pytest.mark.parametrize("window", [None, 64])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_memory_is_linear(window):
     def temporary(length):
         compiled = jax.jit(gradients(window)).lower(*shapes(length)).compile()

@@ -70,6 +70,7 @@ def test_is_the_matrix_with_its_gradients(strength, packed):
     assert_close(want, got, FLOAT32)
 
 
+@pytest.mark.slow
 def test_long_sums_of_gates_keep_the_difference_of_neighbours():
     """After 2000 gates of -30 the sum is -60000, and a gate of 0.001 more or less still counts."""
     length = 2100

@@ -77,6 +77,7 @@ def test_any_positions():
         assert_close(want, compiled(global_positions=np.array(positions), **arrays), FLOAT32, name)
 
 
+@pytest.mark.slow
 def test_documents():
     """Global tokens in several documents, and in padding that holds NaN."""
     ids = documents(61)
@@ -89,6 +90,7 @@ def test_documents():
     assert_close(by_brute_force(clean, positions, 4, do, ids), (out, gradients), FLOAT32)
 
 
+@pytest.mark.slow
 def test_a_window_of_everything_is_dense_attention():
     """A global token inside of the window counts once."""
     arrays = dict(list(inputs(40).items())[:3])

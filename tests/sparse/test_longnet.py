@@ -43,6 +43,7 @@ CASES = {  # T, M, heads, options
 }
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("case", CASES)
 def test_is_a_softmax_with_multiplicity(case):
     length, keys, heads, options = CASES[case]
@@ -83,6 +84,7 @@ def test_padding_is_not_read():
     assert_close(want, jit(partial(longnet_attention, **options))(q, k, v), FLOAT32)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("exact", [True, False])
 def test_gradients(exact):
     """Of the function, or of the function with constant weights of the branches; differences in float64."""

@@ -72,6 +72,7 @@ def classes(allowed, tiles):
     )
 
 
+@pytest.mark.quick_cases(12)
 @pytest.mark.parametrize("case", PRIMITIVES | COMBINED)
 def test_is_its_predicate(case):
     mask, predicate = (PRIMITIVES | COMBINED)[case]

@@ -64,6 +64,7 @@ def test_finds_a_planted_diagonal():
     assert estimate(q, k, pattern)[1][0, 0].tolist() == [0, 13]
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(
     ("length", "keys"), [(63, 63), (64, 64), (65, 65), (127, 127), (129, 129), (1, 70), (70, 139), (64, 192)]
 )
@@ -105,6 +106,7 @@ def test_what_it_reads():
     assert_close(brute_force(read, q, k, v)[0], weights, FLOAT32)
 
 
+@pytest.mark.slow
 def test_every_head_its_pattern():
     q, k, v = qkv(40)
     patterns = [SLASHES, AShape(2, 6), SLASHES, BlockTopK(2)]
@@ -139,6 +141,7 @@ def test_means_of_blocks():
     assert lists[:, -1].tolist() == [[[3]] * 4] * 2
 
 
+@pytest.mark.slow
 def test_search():
     """Of equal sizes each head takes the pattern that it was made for."""
     rng = np.random.default_rng(0)

@@ -80,6 +80,7 @@ def draw(length=41, dtype=np.float32):
     return 2 * q, *(KV(*arrays[n : n + 2]) for n in (0, 2, 4)), gates
 
 
+@pytest.mark.slow
 def test_branches_have_keys_and_values_of_their_own():
     q, cmp, slc, win, gates = draw()
     as64 = lambda kv: tuple(x.astype(np.float64) for x in kv)  # noqa: E731
@@ -91,6 +92,7 @@ def test_branches_have_keys_and_values_of_their_own():
     assert_close(got, jit(partial(nsa, **SIZES, **OPTIONS))(q, compressed, slc, win, gates), 1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_every_input_and_of_phi():
     with jax.enable_x64(True):
         inputs = (*draw(dtype=np.float64), *randn(2, (4, 2), (4, 6, 6), dtype=np.float64))
@@ -110,6 +112,7 @@ def test_gradients_of_every_input_and_of_phi():
         assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 def test_before_the_first_window():
     """No window of 32 is complete: its branch gives 0, and gradients are finite."""
     q, *kv, gates = draw(9)

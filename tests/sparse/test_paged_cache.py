@@ -71,6 +71,7 @@ def test_is_a_list_of_tokens_for_each_row():
         assert_holds(cache, rows)
 
 
+@pytest.mark.slow
 def test_steps_after_a_prompt_are_a_longer_prompt():
     k, v = tokens(0, 1, 18)
     whole = append(empty(1, 5), k, v)

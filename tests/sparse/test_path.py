@@ -102,6 +102,7 @@ def test_gradients_are_those_of_the_cached_form():
     assert_close(over_cache(inputs), one_pass(inputs), 2e-5)
 
 
+@pytest.mark.slow
 def test_no_gradient_to_the_future():
     inputs = draw(100)
     read = np.zeros((2, 100, 4, 10), np.float32)
@@ -129,6 +130,7 @@ def test_golden():
     np.testing.assert_allclose(out[-1, :3], [-0.042096, -0.054703, -0.047578], atol=5.1e-7)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("case", ["T1", "T65"])
 def test_fixture(case):
     """There the scale multiplies the gates too."""

@@ -24,6 +24,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("row", GOLDEN)
 def test_table(row):
     make, last, total = GOLDEN[row]
@@ -125,6 +126,7 @@ def check(masks, q, k, v, allowed, segment_ids=None, **options):
     assert_close((want, want_lse[finite], want_gradients), (out, np.asarray(lse)[finite], gradients), FLOAT32)
 
 
+@pytest.mark.slow
 def test_bigbird():
     """Heads of other whole tiles run at once, without the mask, and the rows that read all apart from the others."""
     masks = patterns.bigbird(126, heads=4, block=4, rand=1)
@@ -135,6 +137,7 @@ def test_bigbird():
     assert len(runs(block_lists(masks[0], 0, 126, 126, 4, 4).blocks[:, None])) == 3
 
 
+@pytest.mark.slow
 def test_heads_of_their_own_masks():
     """Uneven shares of the key heads, a head without keys for some rows, and sinks."""
     masks = [Window(5), Causal() & Sinks(3), Window(5), BlockList(np.eye(4, k=-1) > 0, 16, 16)]
@@ -149,6 +152,7 @@ def test_heads_of_their_own_masks():
     check(masks, q, k, v, np.broadcast_to(allowed, (2, 4, 30, 50)), sinks=sink_logits())
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "mask", [Window(9), Window(9) | (Sinks(2) & Causal()), SameBlock(16)], ids=["by distance", "by position", "whole"]
 )

@@ -21,6 +21,7 @@ def expected(ids, length, stride):
     return [(c, c + length) for a, b in itertools.pairwise(edges) for c in range(a, b - length + 1, stride)]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("case", SIZES)
 def test_windows_of_packed_rows(case):
     length, stride = SIZES[case]
@@ -52,6 +53,7 @@ def test_windows_of_packed_rows(case):
         assert not np.asarray(seen)[row, :, len(want) :].any()
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(("keys", "length", "stride"), [(37, 4, 4), (37, 6, 2), (16, 5, 3), (5, 6, 2)])
 def test_means_of_one_document(keys, length, stride):
     (x,) = randn(0, (2, keys, 3))
@@ -63,6 +65,7 @@ def test_means_of_one_document(keys, length, stride):
         assert_close(x[:, start : start + length].mean(1), means[:, n], FLOAT32)
 
 
+@pytest.mark.slow
 def test_the_mean_of_a_constant_is_the_constant():
     x = np.full((1, 40, 1), 0.7, np.float32)
     ids = np.repeat([0, 1, -1], [17, 20, 3])[None]

@@ -20,6 +20,7 @@ def draw(length, rounds=3, buckets=4):
     return 2 * qk, v, rotations
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"causal": False}, {"count_once": True}, {"same_bucket": True}, {"same_bucket": True, "count_once": True}],
@@ -31,6 +32,7 @@ def test_is_the_softmax_over_the_tokens_that_meet(options):
     assert_close(want, run(qk, v, rotations, bucket_size=8, **options), FLOAT32)
 
 
+@pytest.mark.slow
 def test_one_chunk_is_dense_attention_of_shared_queries_and_keys():
     qk, v, rotations = draw(20)
     everything = np.zeros((2, 8, 1))  # one bucket, in the order of the row
@@ -64,6 +66,7 @@ def test_hashes_do_not_see_length_and_like_tokens_meet():
     assert_close(run(qk, v, rotations, **options), run(qk * length, v, rotations, **options), 1e-4)
 
 
+@pytest.mark.slow
 def test_gradients():
     qk, v, rotations = draw(24)
     with jax.enable_x64(True):

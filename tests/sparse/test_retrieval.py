@@ -24,6 +24,7 @@ def filled(length=LENGTH, index=ExactIndex):
     return (q, k, v), cache, indices
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("topk", [5, 100])
 def test_reads_the_first_the_newest_and_the_best(topk):
     (q, k, v), cache, indices = filled()
@@ -39,6 +40,7 @@ def test_reads_the_first_the_newest_and_the_best(topk):
         assert_close(attention(q[:, -1:], k, v), out, FLOAT32)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_between_updates():
     """Tokens that left the recent ones after the last update are read still."""
     (q, k, v), cache, indices = filled(LENGTH - 5)
@@ -50,6 +52,7 @@ def test_nothing_is_lost_between_updates():
     assert_close(out, retrieval_attention(q[:, -1:], cache, indices, topk=100), FLOAT32)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_overdue_is_an_error():
     (q, k, v), cache, indices = filled(LENGTH - 7)
     _, cache = cached_attention(q[:, -7:], k[:, -7:], v[:, -7:], cache)
@@ -57,6 +60,7 @@ def test_an_update_that_is_overdue_is_an_error():
         retrieval_attention(q[:, -1:], cache, indices, topk=5)
 
 
+@pytest.mark.slow
 def test_a_short_row_has_nothing_to_find():
     (q, k, v), cache, indices = filled(3)
     out = retrieval_attention(q[:, 2:3], cache, indices, topk=2)

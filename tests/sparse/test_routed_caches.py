@@ -84,6 +84,7 @@ def walk(name, qkv, sizes, cache=None):
     return np.concatenate(outs, 1), cache
 
 
+@pytest.mark.quick_cases(1)
 @OF_EACH
 def test_any_split_is_one_pass(name):
     """Chunks of a stride and one more or less, and single tokens over every boundary."""
@@ -97,6 +98,7 @@ def test_any_split_is_one_pass(name):
     assert state.length == LENGTH
 
 
+@pytest.mark.slow
 @OF_EACH
 def test_what_is_taken_back_leaves_no_trace(name):
     """Tokens of a draft that cross a block, a window and the ring, then others in their place."""
@@ -113,6 +115,7 @@ def test_what_is_taken_back_leaves_no_trace(name):
     assert_close(want[:, 24:], out, FLOAT32)
 
 
+@pytest.mark.quick_cases(1)
 @OF_EACH
 def test_slots_that_hold_no_token_may_hold_anything(name):
     qkv = draw()
@@ -153,6 +156,7 @@ def test_means_are_those_of_the_row():
     assert_close(want, cache.coarse[:, :4], 1e-6)
 
 
+@pytest.mark.slow
 def test_dense_until_there_are_enough_tokens():
     """Every token reads as its total length says, and the switch loses nothing."""
     qkv = draw()
@@ -168,6 +172,7 @@ def test_dense_until_there_are_enough_tokens():
     assert_close(sparse[:, 32:], out[:, 32:], FLOAT32)
 
 
+@pytest.mark.slow
 def test_bfloat16_cache():
     """What chooses blocks is kept in float32."""
     qkv = [x.astype(jnp.bfloat16) for x in draw()]
@@ -181,6 +186,7 @@ def test_bfloat16_cache():
     assert_close(WHOLE["nsa"](*qkv), out, BFLOAT16_OUT)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", ["moba", "infllm2", "nsa"])
 def test_bad_arguments(name):
     step = {

@@ -19,6 +19,7 @@ def draw(length=30, clusters=4):
     return randn(0, (2, length, 2, 8), (2, length, 2, 8), (2, length, 2, 5), (2, clusters, 8))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("with_memory", [True, False])
 def test_is_the_mean_over_clusters(causal, with_memory):
@@ -28,11 +29,13 @@ def test_is_the_mean_over_clusters(causal, with_memory):
     assert_close(want, run(*arrays, window=9, causal=causal, memory=memory), FLOAT32)
 
 
+@pytest.mark.slow
 def test_one_cluster_of_everything_is_dense_attention():
     q, k, v, centroids = draw(clusters=1)
     assert_close(attention(q, k, v), run(q, k, v, centroids, window=99), FLOAT32)
 
 
+@pytest.mark.slow
 def test_documents_and_padding():
     ids = np.array([[0] * 12 + [1] * 14 + [-1] * 4, [0] * 30], np.int32)
     q, k, v, centroids = draw(clusters=1)
@@ -41,6 +44,7 @@ def test_documents_and_padding():
     assert_close(want, run(*poisoned, centroids, window=30, segment_ids=ids), FLOAT32)
 
 
+@pytest.mark.slow
 def test_gradients():
     arrays = draw()
     with jax.enable_x64(True):
@@ -55,6 +59,7 @@ def test_gradients():
     assert not np.asarray(grads[3]).any()
 
 
+@pytest.mark.slow
 def test_centroids_move_to_the_mean_of_their_tokens():
     x, _, _, centroids = draw()
     centroids[:, 3] = -100 * unit(x[:, :, 0].mean((0, 1)))  # far from most

@@ -36,6 +36,7 @@ def test_keeps_what_the_last_queries_read(pool, kernel, window):
     assert tokens_of(q, k, **options).tolist() == kept(*(x.astype(np.float64) for x in (q, k)), **options)
 
 
+@pytest.mark.slow
 def test_a_large_capacity_keeps_everything():
     q, k, v = qkv(12)
     for capacity in (12, 13):

@@ -50,6 +50,7 @@ def test_some_kept_blocks():
     assert lists == [[-1, 0], [0, 1], [1, 2], [2, 3], [0, 3], [0, 5], [0, 5], [0, 6], [0, 8], [8, 9]]
 
 
+@pytest.mark.slow
 def test_nsa_reads_the_listed_blocks():
     """A query of block 1, 2, ... reads the block before its own only: a softmax over 4 keys, all of it before it."""
     rng = np.random.default_rng(0)

@@ -29,6 +29,7 @@ def assert_chosen(q, k, **options):
     assert len(some) > 2  # lists of several lengths
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("length", "keys"), [(37, 37), (40, 40), (13, 29)])
 def test_as_many_blocks(length, keys):
     q, k, _ = qkv(length, keys, key_dim=8)

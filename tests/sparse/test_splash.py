@@ -39,6 +39,7 @@ def test_is_softmax(name):
         assert not np.asarray(got[0])[padding].any()
 
 
+@pytest.mark.slow
 def test_bfloat16():
     arrays, options = arguments(CASES["four blocks"], jnp.bfloat16)
     out, gradients = out_and_gradients("dense", *(x.astype(jnp.float32) for x in arrays), **options)

@@ -57,6 +57,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("split", SPLITS)
 def test_any_split_is_as_token_by_token(split):
     """The cache, too: evicting n at once is evicting one n times."""
@@ -77,6 +78,7 @@ def test_without_first_tokens():
     assert_close(want, decode(q, k, v, [7, 5], start=0, recent=4)[0], FLOAT32)
 
 
+@pytest.mark.slow
 def test_the_first_tokens_may_be_more_than_the_recent():
     q, k, v = qkv(20, key_dim=8)
     want, _ = streaming(*(x.astype(np.float64) for x in (q, k, v)), start=7, recent=2)

@@ -39,7 +39,7 @@ CASES = {  # a function, its budget of the whole row, larger ones, and of a list
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.quick_cases(2)
+@pytest.mark.slow
 def test_more_than_everything_is_everything(name):
     run, whole, larger, block_size, heads = CASES[name]
     q, k, v = qkv(LENGTH, key_dim=8)

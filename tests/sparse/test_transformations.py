@@ -36,7 +36,7 @@ def compiled(implementation, window):
     return jax.jit(jax.value_and_grad(loss(implementation, window)))
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_vmap(implementation, window):
     arrays, ids = arguments()
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
@@ -47,7 +47,7 @@ def test_vmap(implementation, window):
         assert_close(want, jax.tree.map(lambda x, index=index: x[index], got), FLOAT32)
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_checkpoint(implementation, window):
     arrays, ids = arguments()
     want = compiled(implementation, window)(arrays, ids)

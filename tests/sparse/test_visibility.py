@@ -19,6 +19,7 @@ def weights(implementation, length, keys, **options):
     return np.asarray(attend(q, k, v, implementation=implementation, **options)[0, :, 0])
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [1, 2, 64, 1000])
 def test_a_row_reads_window_keys_with_its_own(window, implementation):
@@ -101,6 +102,7 @@ def test_packed_documents_do_not_see_each_other():
     np.testing.assert_array_equal(read > 0, same)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_low_logits_do_not_reach_hidden_keys(implementation):
     """All visible logits near -1e5: a mask that only subtracts a large number would leak."""
@@ -111,6 +113,7 @@ def test_low_logits_do_not_reach_hidden_keys(implementation):
     np.testing.assert_allclose(out[0, 7:40, 0, 0], np.arange(7, 40) - 3.5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_tiles_above_the_diagonal_are_not_read():
     """Not a number there would reach every row that touches it, were it under a weight of zero."""
     q, k, v = qkv(1024, batch=1)

@@ -37,7 +37,7 @@ def test_table():
 
 
 @pytest.mark.parametrize(("length", "keys", "stride"), [(37, 37, 4), (40, 40, 2), (11, 35, 4), (13, 13, 1)])
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 def test_scores_and_lists(length, keys, stride):
     """Ragged ends, and queries after keys of other chunks."""
     q, k, _ = qkv(length, keys)
@@ -124,6 +124,7 @@ def test_search_of_thresholds_is_the_best_of_all():
             np.testing.assert_allclose(got, 0.8 * 0.5 ** np.array(best))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("argument", "call"),
     [

@@ -155,7 +155,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(2)
 def test_a_damaged_newest_checkpoint_is_passed_over_with_one_line(tmp_path, damage, capfd):
     harm, reason = DAMAGE[damage]
     save_steps(tmp_path, [1, 2])
@@ -175,6 +175,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_one_line(tmp_path, dama
     assert step == 2
 
 
+@pytest.mark.slow
 def test_every_file_is_watched(tmp_path):
     """Whichever file is cut short, the state is right: the older one, or the newer if the file does not matter."""
     save_steps(tmp_path / "run", [1, 2])
@@ -436,6 +437,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_agree_on_what_is_damaged(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -87,6 +87,7 @@ def reference_adamw(params, gradients, values, decayed):
     return params
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("clip_norm", [0.5, 0, None])
 def test_adamw_with_clipping_and_mask_follows_the_equations(clip_norm):
     values = config(schedule="constant", eps=1e-3)  # a large eps: Adam alone hardly notices the scale of gradients

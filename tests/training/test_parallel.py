@@ -26,6 +26,7 @@ def assert_same_losses(reference, workdir):
         np.testing.assert_allclose([got[s] for s in want], list(want.values()), rtol=LIMIT)
 
 
+@pytest.mark.slow
 def test_losses_fall_and_differ_from_step_to_step(single):
     values = list(losses(single).values())
     assert len(values) == 8

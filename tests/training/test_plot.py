@@ -20,6 +20,7 @@ def write_run(workdir, train=True, validation=True):
     return str(workdir / FILE)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("train", "validation"), [(True, True), (True, False), (False, True)])
 def test_a_picture_is_drawn_of_what_there_is(tmp_path, train, validation):
     output = tmp_path / "losses.png"

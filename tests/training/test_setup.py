@@ -21,6 +21,7 @@ def changed(**fields):
     return config
 
 
+@pytest.mark.quick_cases(14)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -59,6 +60,7 @@ def test_make_setup_says_what_is_wrong(fields, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

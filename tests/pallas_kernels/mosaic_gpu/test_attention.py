@@ -123,6 +123,7 @@ def test_sizes(dim, value_dim):
 IDS = np.stack([row((0, 100), (1, 1), (2, 60), (-1, 9), (5, 130)), row((-1, 140), (3, 90), (4, 1), (-1, 69))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, slow({"window": 50}), slow({"causal": False})], ids=["", "window", "all"])
 def test_documents(options):
     arrays, d_out, d_lse = draw(300, heads=1, batch=2, sinks=False)
@@ -164,6 +165,7 @@ def test_vmap_is_rows():
     jax.tree.map(lambda w, x: np.testing.assert_array_equal(w, x[:, 0]), want, got)
 
 
+@pytest.mark.slow
 def test_by_name_on_a_cpu_it_is_interpreted_and_none_never_takes_it():
     (q, k, v, _), _, _ = draw(64)
     named = attention(q, k, v, implementation="mosaic_gpu", return_lse=True)

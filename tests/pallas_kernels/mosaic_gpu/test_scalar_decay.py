@@ -142,6 +142,7 @@ def test_vmap_is_rows(value_dim):
     jax.tree.map(lambda w, x: np.testing.assert_array_equal(w, x[:, 0]), want, got)
 
 
+@pytest.mark.slow
 @both_passes
 def test_has_no_races(value_dim):
     arrays, d_out, d_state = draw(192, 128, value_dim, heads=(1, 1, 1))
@@ -173,6 +174,7 @@ def test_gates_that_nothing_differentiates_cost_nothing():
     assert states not in text((0,))
 
 
+@pytest.mark.slow
 def test_by_name_on_a_cpu_it_is_interpreted_and_none_never_takes_it():
     (q, k, v, g, s), _, _ = draw(64)
     named = scalar_decay(q, k, v, g, initial_state=s, implementation="mosaic_gpu")

@@ -45,12 +45,14 @@ def test_sizes(key_dim, value_dim):
     check(run, draw("bonus", key_dim, value_dim, heads=(1, 1, 1), batch=1))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounded_inputs(kind, dtype):
     check(run, draw(kind, dtype=dtype))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("heads", [(2, 2, 4), (4, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_groups_of_heads(heads):
     check(run, draw("bonus", heads=heads))
@@ -63,11 +65,12 @@ def test_padding(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_steps_are_one_pass(kind):
     check_is_one_pass(kind, "mosaic_gpu")
 
 
+@pytest.mark.slow
 def test_vmap_is_rows():
     inputs, weights = draw("bonus", batch=3)
     bonuses = jnp.stack([inputs["bonus"], 2 * inputs["bonus"]])

@@ -90,7 +90,7 @@ def test_dims(case):
 
 
 @of([(2, 2, 4), (4, 2, 2), (1, 4, 4), (4, 1, 2)], (2, 2, 4), (4, 2, 2))
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_groups_of_heads(case):
     assert_equals_oracle(draw(200, heads=case, batch=1))
 
@@ -120,6 +120,7 @@ def test_scale(scale):
     assert_equals_oracle(draw(65, batch=1), scale=scale)
 
 
+@pytest.mark.slow
 def test_gates_below_any_exponential():
     """-1e9 forgets all: tokens read their own write alone, and nothing overflows."""
     arguments, weights = draw(200, batch=1)
@@ -133,6 +134,7 @@ def test_gates_below_any_exponential():
     assert not np.any(gradients[4])
 
 
+@pytest.mark.slow
 def test_no_races(capfd):
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     assert_equals_oracle(draw(700, heads=(2, 2, 4), batch=1), interpret=interpret)

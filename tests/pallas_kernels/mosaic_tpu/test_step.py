@@ -35,6 +35,7 @@ def test_is_the_recurrence(kind, strength):
     check(run, draw(kind, strength=strength))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"), [(128, 128), (64, 192), pytest.param(256, 64, marks=pytest.mark.slow)]
 )
@@ -61,13 +62,13 @@ def test_blocks_of_several_heads(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_padding(kind):
     check_padding(run, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_steps_are_one_pass(kind):
     check_is_one_pass(kind, "mosaic_tpu")
 

@@ -80,7 +80,7 @@ def test_is_the_recurrence(gate):
 @pytest.mark.parametrize(
     ("dtype", "gate"), [(jnp.bfloat16, 6.0), slow(jnp.bfloat16, -4.0), (jnp.float16, -4.0), slow(jnp.float16, 6.0)]
 )
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_in_two_bytes(dtype, gate):
     check(*draw(130, gate=gate, dtype=dtype))
 
@@ -94,6 +94,7 @@ def test_ragged_lengths_and_sizes(length, key_dim, value_dim):
     check(*draw(length, key_dim, value_dim))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [slow((1, 1, 4)), slow((4, 2, 2)), (2, 1, 4)])
 def test_groups_of_heads(heads):
     check(*draw(65, heads=heads))
@@ -177,7 +178,7 @@ SHARED = {
     ],
     ids=lambda x: x[1] if isinstance(x, tuple) else "",
 )
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_compiles(target, dtypes, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

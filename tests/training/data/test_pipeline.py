@@ -68,6 +68,7 @@ def test_batches_have_the_format():
         assert (np.diff(batch["positions"])[~starts[:, 1:]] == 1).all()
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_the_global_batch_does_not_depend_on_the_hosts(hosts):
     wanted = take(stream(), 120)
@@ -118,6 +119,7 @@ def test_resumes_exactly(prefetch):
     assert_same(take(batches, 20), wanted[7:27])
 
 
+@pytest.mark.slow
 def test_resumes_in_another_process(tmp_path):
     (tmp_path / "data").mkdir()
     for index, text in enumerate(documents()):

@@ -56,12 +56,14 @@ def test_holds_the_librarys_files_in_order(examples):
     assert 0.02 < size["validation"] / sum(size.values()) < 0.06
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_at_once_quietly_and_without_tensorflow(tmp_path):
     first, second = start(tmp_path), start(tmp_path)
     assert finish(first) == finish(second)
     assert not list(tmp_path.rglob("incomplete*"))
 
 
+@pytest.mark.slow
 def test_a_changed_library_is_prepared_anew(tmp_path):
     library, data = tmp_path / "lib", tmp_path / "data"
     library.mkdir()
