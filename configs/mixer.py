@@ -63,6 +63,6 @@ def get_config(name: str = "mamba2") -> ConfigDict:
     config.model.pattern = (name,)
     config.model.repeats = 4
     config.model.mixers = {name: OPTIONS.get(name, {})}
-    if name in ("rwkv5", "rwkv6", "rwkv7"):
-        config.model.mlp = f"{name}_channel_mix"
+    if name in ("rwkv4", "rwkv5", "rwkv6", "rwkv7"):
+        config.model.mlp = {"rwkv4": "rwkv5"}.get(name, name) + "_channel_mix"
     return config

@@ -54,6 +54,7 @@ from effattn_jax.layers.rg_lru import RGLRU, RGLRUState
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.layers.rope import rope
 from effattn_jax.layers.routed import RoutedState
+from effattn_jax.layers.rwkv4 import RWKV4, RWKV4State
 from effattn_jax.layers.rwkv5 import RWKV5
 from effattn_jax.layers.rwkv6 import RWKV6
 from effattn_jax.layers.rwkv7 import RWKV7, RWKV7State
@@ -102,6 +103,7 @@ MIXERS = {
     "performer": Performer,
     "retention": MultiScaleRetention,
     "rg_lru": RGLRU,
+    "rwkv4": RWKV4,
     "rwkv5": RWKV5,
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,
@@ -131,6 +133,7 @@ __all__ = [
     "MIXERS",
     "NSA",
     "RGLRU",
+    "RWKV4",
     "RWKV5",
     "RWKV6",
     "RWKV7",
@@ -189,6 +192,7 @@ __all__ = [
     "Projection",
     "RGLRUState",
     "RMSNorm",
+    "RWKV4State",
     "RWKV5ChannelMix",
     "RWKV6ChannelMix",
     "RWKV7ChannelMix",

@@ -1,4 +1,4 @@
-"""Feed-forward layers of RWKV-5 and RWKV-6, which look one token back (Peng et al. 2024, arXiv:2404.05892)."""
+"""Feed-forward layers of RWKV-4 to RWKV-6, which look one token back (Peng et al. 2024, arXiv:2404.05892)."""
 
 from typing import Any
 
@@ -78,7 +78,7 @@ class RWKV6ChannelMix(nnx.Module):
 
 
 class RWKV5ChannelMix(RWKV6ChannelMix):
-    """The same with x_c = mu_c * x_t + (1 - mu_c) * x_{t-1}."""
+    """The same with x_c = mu_c * x_t + (1 - mu_c) * x_{t-1}; that of RWKV-4 too, whose hidden size is 4 D."""
 
     @staticmethod
     def share_of_before(mu: Float[Array, " D"]) -> Float[Array, " D"]:

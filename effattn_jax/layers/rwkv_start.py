@@ -1,4 +1,4 @@
-"""Where RWKV-5 and RWKV-6 start, by channel n of D and by the place of the layer in the stack.
+"""Where RWKV-4 to RWKV-6 start, by channel n of D and by the place of the layer in the stack.
 
 As in the authors' training code: memories from long to short over the channels, tokens mixed less with the one before
 in higher layers, and every branch silent at first (output matrices 0).
@@ -32,6 +32,16 @@ def decay(dim: int, layer_index: int | Array, layer_count: int) -> Float[Array, 
 def bonus(dim: int, layer_index: int | Array, layer_count: int) -> Float[Array, " D"]:
     """u_n = h (1 - n / (D - 1)) + 0.1 ((n + 1) mod 3 - 1)."""
     return height(layer_index, layer_count) * (1 - _line(dim)) + 0.1 * ((jnp.arange(dim) + 1) % 3 - 1)
+
+
+def decay4(dim: int, layer_index: int | Array, layer_count: int) -> Float[Array, " D"]:
+    """w_n = -5 + 8 (n / (D - 1))^{0.7 + 1.3 h}, of RWKV-4."""
+    return -5 + 8 * _line(dim) ** (0.7 + 1.3 * height(layer_index, layer_count))
+
+
+def bonus4(dim: int) -> Float[Array, " D"]:
+    """u_n = log 0.3 + 0.5 ((n + 1) mod 3 - 1), of RWKV-4."""
+    return jnp.log(0.3) + 0.5 * ((jnp.arange(dim) + 1) % 3 - 1)
 
 
 def norm_scale(dim: int, layer_index: int | Array, layer_count: int) -> Float[Array, " D"]:

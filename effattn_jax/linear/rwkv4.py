@@ -84,7 +84,8 @@ def rwkv4(
       v: values, of the shape of k.
       log_decay: g [D], the natural logarithm of the decay, <= 0; -e^w for the published `time_decay` w.
       bonus: u [D], added to the exponent of the token that reads; `time_first`.
-      initial_state: a / e^m, b / e^m and m [B, D] of the first document of each row; None means nothing.
+      initial_state: a / e^m, b / e^m and m [B, D] of the first document of each row; None means nothing,
+        as does a denominator of 0, whatever the maximum.
       segment_ids: [B, T] documents of packed rows, never decreasing along a row; memory does not cross documents.
         Negative ids mark padding: such a token writes nothing, reads zero and lets the state pass.
       form: "recurrent" (`lax.scan` over tokens), "parallel" (`lax.associative_scan` over the row), "chunkwise" (the
@@ -114,8 +115,7 @@ def rwkv4(
             checks.check_shape(f"initial_state.{name}", part, shape, "[B, D]")
             checks.check_floating(f"initial_state.{name}", part)
     start = RWKV4Memory(*(start_state(part, shape, accumulate, k, v, log_decay, bonus) for part in parts))
-    if initial_state is None:
-        start = start.decayed(jnp.full((), NOTHING, accumulate))
+    start = start._replace(maximum=jnp.where(start.denominator == 0, NOTHING, start.maximum))
     out, state = dispatch(
         "rwkv4",
         {"xla": _xla},

@@ -58,17 +58,21 @@ def test_equal_keys_without_decay_average_the_past(form):
 
 @every_form
 @pytest.mark.quick_cases(1)
-def test_padding_before_anything_is_no_token(form):
-    """The empty state passes, with a gradient of one and finite numbers."""
-    k = np.ones((1, 5, 2), np.float32)
+@pytest.mark.parametrize("key", [-300, 300])
+def test_a_denominator_of_0_is_no_memory(form, key):
+    """Whatever its maximum, and whatever padding comes first: the first token is read as it is."""
+    k = np.full((1, 5, 2), key, np.float32)
+    v = np.arange(10, dtype=np.float32).reshape(k.shape)
+    ids = np.array([[-1, -1, 0, 0, -1]])
 
-    def last(state):
-        return rwkv4(k, k, -k[0, 0], k[0, 0], initial_state=state, segment_ids=np.full((1, 5), -1), form=form)[1]
+    def first(state):
+        out, _ = rwkv4(k, v, -np.ones(2, np.float32), v[0, 0], initial_state=state, segment_ids=ids, form=form)
+        return out[:, 2].sum(), out
 
-    state = RWKV4Memory(*np.zeros((2, 1, 2), np.float32), np.full((1, 2), -1e30, np.float32))
-    jax.tree.map(np.testing.assert_array_equal, jit(last)(state), state)
-    gradient = jit(jax.grad(lambda state: sum(x.sum() for x in last(state))))(state)
-    jax.tree.map(np.testing.assert_array_equal, gradient, jax.tree.map(np.ones_like, state))
+    state = RWKV4Memory(*np.zeros((3, 1, 2), np.float32))
+    (_, out), gradient = jit(jax.value_and_grad(first, has_aux=True))(state)
+    np.testing.assert_array_equal(out[:, :3], np.where(ids[:, :3, None] < 0, 0, v[:, :3]))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((out, gradient)))
 
 
 @pytest.mark.parametrize("field", RWKV4Memory._fields)

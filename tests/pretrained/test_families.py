@@ -49,6 +49,7 @@ MODELS = {
     "mistral_swa": {},
     "qwen3_next": {},
     "recurrent_gemma": {},
+    "rwkv4": {},
     "rwkv5": {"slow": True},
     "rwkv6": {"slow": True},
     "rwkv7": {},

@@ -166,7 +166,9 @@ def test_a_size_that_no_tensor_has(lost, needed, tmp_path):
 
 
 def test_a_file_of_another_model(tmp_path):
-    with pytest.raises(ValueError, match=r"got a\.weight, \.\.\.; needs those of RWKV-4, RWKV-5, RWKV-6, RWKV-7, or a config"):
+    with pytest.raises(
+        ValueError, match=r"got a\.weight, \.\.\.; needs those of RWKV-4, RWKV-5, RWKV-6, RWKV-7, or a config"
+    ):
         load(pth.write(tmp_path / "x.pth", {"a.weight": np.zeros(3, np.float32)}))
 
 

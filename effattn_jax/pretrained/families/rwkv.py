@@ -1,4 +1,4 @@
-"""What the releases of RWKV-5, -6 and -7 share: their authors' names, and sizes that only the tensors tell.
+"""What the releases of RWKV-4 to RWKV-7 share: their authors' names, and sizes that only the tensors tell.
 
 A release is a `.pth` file without a config. Ours has the names that the authors' code has for the sizes.
 """
@@ -80,8 +80,9 @@ def by_head(config: Config) -> Layout:
     return shaped(lambda shape: (shape[0] // size, size))
 
 
-def sizes(version: int, heads: tuple[str, int], axes: Axes, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """The config from the tensors; the size of heads and those of `axes` are where they are told to be.
+def sizes(version: int, heads: tuple[str, int] | None, axes: Axes, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The config from the tensors; the size of heads, where there are any, and those of `axes` are where they are told
+    to be.
 
     Raises:
       ValueError: a size that no tensor has.
@@ -97,14 +98,14 @@ def sizes(version: int, heads: tuple[str, int], axes: Axes, tensors: Mapping[str
             checks.fail("tensors", f"no {tensor} of {axis + 1} dimensions", f"those of RWKV-{version}")
         return int(shape[axis])
 
-    vocab_size, dim, head_size = size("emb.weight", 0), size("emb.weight", 1), size(*heads)
+    vocab_size, dim = size("emb.weight", 0), size("emb.weight", 1)
+    head_size = None if heads is None else size(*heads)
     dtype = by_name["emb.weight"].dtype
     return {
         "version": str(version),
         "vocab_size": vocab_size,
         "n_embd": dim,
-        "n_head": dim // max(head_size, 1),
-        "head_size": head_size,
+        **({} if head_size is None else {"n_head": dim // max(head_size, 1), "head_size": head_size}),
         "n_layer": len(blocks),
         "dim_ffn": size("ffn.key.weight", 0),
         **{name: size(*place) for name, place in axes.items() if place[0] in by_name},

@@ -1,4 +1,4 @@
-from effattn_jax.layers import HGRN, RGLRU, Mamba, Mamba3
+from effattn_jax.layers import HGRN, RGLRU, RWKV4, Mamba, Mamba3
 from tests.layers.records.record import Record
 
 MAMBA = {"state_dim": 6, "dt_rank": 3}
@@ -13,5 +13,7 @@ RECORDS = {
     "rg_lru": Record(RGLRU, RG_LRU),
     "rg_lru_one_block": Record(RGLRU, {"heads": 1, "conv_width": 3}, slow=True),
     "hgrn": Record(HGRN, {"layer_index": 1, "layer_count": 3}),
+    "rwkv4": Record(RWKV4, {}),
+    "rwkv4_wide": Record(RWKV4, {"width": 24, "layer_index": 1, "layer_count": 3}, slow=True),
     "hgrn_wide": Record(HGRN, {"expand": 2, "lower_bound": 0.3}, slow=True),
 }
