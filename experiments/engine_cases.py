@@ -101,6 +101,12 @@ def engine_cases(batch: int, length: int, heads: int, dim: int, dtype: Any = jnp
             | {"beta": jax.nn.sigmoid(tokens(heads)), "log_decay": gate(heads), "ridge": jnp.ones((heads, dim))},
             66 * square,
         ),
+        "rwkv4": EngineCase(
+            linear.rwkv4,
+            cast({"k": tokens(channels), "v": tokens(channels)})
+            | {"log_decay": jax.nn.log_sigmoid(2 + randn(channels)), "bonus": randn(channels)},
+            12.0 * batch * length * channels,
+        ),
         "ttt_linear": EngineCase(linear.ttt_linear, inner | {"W": weights(dim, dim), "b": zeros(dim)}, 6 * square),
         "ttt_mlp": EngineCase(linear.ttt_mlp, inner | mlp, 48 * square),
         "titans_memory, linear": EngineCase(

@@ -6,6 +6,8 @@
 Keys are exponents of any size. Numerator and denominator are kept over e^m, with m the largest exponent in them.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,16 +15,15 @@ import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
-from effattn_jax.linear.arguments import check_gate, choose_form, real_tokens, start_state
-from effattn_jax.linear.chunks import from_chunks, to_chunks
+from effattn_jax.linear.arguments import check_gate, real_tokens, start_state
+from effattn_jax.linear.diagonal_scan import FORMS, diagonal_scan
 from effattn_jax.linear.recurrence import recurrence
 from effattn_jax.linear.segments import document_starts
 from effattn_jax.precision import accumulation_dtype
-from effattn_jax.typing import Array, Float, SegmentIds
+from effattn_jax.typing import Array, Bool, Float, SegmentIds
 
 __all__ = ["FORMS", "RWKV4Memory", "rwkv4"]
 
-FORMS = ("recurrent", "parallel", "chunkwise")
 NOTHING = -1e30  # an exponent of which e^ is 0, and a sum of thousands is still a number
 
 
@@ -33,35 +34,25 @@ class RWKV4Memory(NamedTuple):
     denominator: Float[Array, "B ..."]
     maximum: Float[Array, "B ..."]
 
-    def decayed(self, exponent: Array) -> "RWKV4Memory":
-        return self._replace(maximum=self.maximum + exponent)
-
-    def plus(self, other: "RWKV4Memory") -> "RWKV4Memory":
-        """Both sums over the larger maximum: no exponent is above 0."""
-        maximum = jnp.maximum(self.maximum, other.maximum)
-        own, others = jnp.exp(self.maximum - maximum), jnp.exp(other.maximum - maximum)
+    def plus(self, other: "RWKV4Memory", log_decay: Array | float = 0.0) -> "RWKV4Memory":
+        """e^{log_decay} times these sums and the others, over the larger maximum, a constant to gradients."""
+        maximum = jax.lax.stop_gradient(jnp.maximum(self.maximum + log_decay, other.maximum))
+        own = jnp.exp((self.maximum - maximum) + log_decay)  # in this order: what `maximum` lost to rounding is here
+        others = jnp.exp(other.maximum - maximum)
         return RWKV4Memory(
             own * self.numerator + others * other.numerator,
             own * self.denominator + others * other.denominator,
             maximum,
         )
 
+    def over(self, maximum: Array, before: Array) -> "RWKV4Memory":
+        """The same sums over another maximum."""
+        scale = jnp.exp(before - maximum)
+        return RWKV4Memory(scale * self.numerator, scale * self.denominator, maximum)
+
     @property
     def average(self) -> Array:
         return self.numerator / self.denominator
-
-
-class _Map(NamedTuple):
-    """What some tokens do to the memory before them: its exponents decay, and theirs are added."""
-
-    decay: Float[Array, "B ..."]
-    write: RWKV4Memory
-
-    def after(self, earlier: "_Map") -> "_Map":
-        return _Map(self.decay + earlier.decay, self(earlier.write))
-
-    def __call__(self, memory: RWKV4Memory) -> RWKV4Memory:
-        return memory.decayed(self.decay).plus(self.write)
 
 
 def rwkv4(
@@ -88,9 +79,9 @@ def rwkv4(
         as does a denominator of 0, whatever the maximum.
       segment_ids: [B, T] documents of packed rows, never decreasing along a row; memory does not cross documents.
         Negative ids mark padding: such a token writes nothing, reads zero and lets the state pass.
-      form: "recurrent" (`lax.scan` over tokens), "parallel" (`lax.associative_scan` over the row), "chunkwise" (the
-        same inside chunks, a scan over chunks): algorithms for one answer. None takes the single step for T = 1, else
-        chunkwise.
+      form: "recurrent" (`lax.scan` over tokens), or "parallel", "associative", "chunkwise": the maxima by
+        `lax.associative_scan`, then the sums by that form of `diagonal_scan`. None takes the single step for T = 1,
+        else what `diagonal_scan` takes.
       implementation: where it runs, see `effattn_jax.dispatch`; "xla" is there.
 
     Returns:
@@ -127,7 +118,7 @@ def rwkv4(
         bonus.astype(accumulate),
         start,
         segment_ids,
-        choose_form(form, length),
+        form or ("recurrent" if length == 1 else None),
     )
     return out.astype(v.dtype), state
 
@@ -139,12 +130,35 @@ def _xla(
     bonus: Array,
     initial_state: RWKV4Memory,
     segment_ids: Array | None,
-    form: str,
+    form: str | None,
 ) -> tuple[Array, RWKV4Memory]:
-    if form == "recurrent":
-        return recurrent(k, v, log_decay, bonus, initial_state, segment_ids)
-    chunk = max(1, k.shape[1]) if form == "parallel" else 64
-    return chunkwise(k, v, log_decay, bonus, initial_state, segment_ids, chunk=chunk)
+    if not k.shape[1]:
+        return v, initial_state
+    algorithm = recurrent
+    if form != "recurrent":
+        scan = lambda x, g, start: diagonal_scan(x, g, initial_state=start, form=form)  # noqa: E731
+        algorithm = jax.checkpoint(functools.partial(by_diagonal_scan, scan))
+    return with_gradients(algorithm, k, v, log_decay, bonus, initial_state, segment_ids)
+
+
+def with_gradients(
+    algorithm: Callable[..., tuple[Array, RWKV4Memory]],
+    k: Float[Array, "B T ..."],
+    v: Float[Array, "B T ..."],
+    log_decay: Float[Array, "..."],
+    bonus: Float[Array, "..."],
+    initial_state: RWKV4Memory,
+    segment_ids: SegmentIds | None,
+) -> tuple[Float[Array, "B T ..."], RWKV4Memory]:
+    """An algorithm to which all maxima are constants: what it reads does not depend on them, and sums of gradients that
+    cancel are not taken. The memory that enters and the one that leaves do depend on theirs.
+    """
+    first = jax.lax.stop_gradient(initial_state.maximum)
+    start = initial_state.over(first, initial_state.maximum)
+    out, last = algorithm(k, v, log_decay, bonus, start, segment_ids)
+    exponent = leaving(k, log_decay, initial_state.maximum, segment_ids)
+    maximum = last.maximum + (exponent - jax.lax.stop_gradient(exponent))
+    return out, last.over(maximum, last.maximum)
 
 
 def recurrent(
@@ -158,52 +172,85 @@ def recurrent(
     """The equation, token by token."""
 
     def step(state: RWKV4Memory, token: tuple[Array, Array]) -> tuple[RWKV4Memory, Array]:
-        write = written(*token)
-        return state.decayed(log_decay).plus(write), state.plus(write.decayed(bonus)).average
+        k, v = token
+        return state.plus(written(v, k), log_decay), state.plus(written(v, k + bonus)).average
 
     return recurrence(step, initial_state, (k, v), segment_ids, fresh=nothing(initial_state))
 
 
-def chunkwise(
+def by_diagonal_scan(
+    scan: Callable[[Array, Array, Array], tuple[Array, Array]],
     k: Float[Array, "B T ..."],
     v: Float[Array, "B T ..."],
     log_decay: Float[Array, "..."],
     bonus: Float[Array, "..."],
     initial_state: RWKV4Memory,
     segment_ids: SegmentIds | None,
-    chunk: int = 64,
 ) -> tuple[Float[Array, "B T ..."], RWKV4Memory]:
-    """In a chunk, the maps of its tokens composed up to each one, applied to the memory that enters.
+    """With the largest exponents m_t of all tokens, both sums are one diagonal recurrence of exponents <= 0:
 
-    The backward pass keeps the memories between chunks and composes again.
+    [a | b]_t = e^{m_{t-1} + g - m_t} [a | b]_{t-1} + e^{k_t - m_t} [v_t | 1]
     """
-    length, channels = k.shape[1], k.ndim - 2
     k, v = (real_tokens(x, segment_ids) for x in (k, v))
-    ids = jnp.zeros((1, length), jnp.int32) if segment_ids is None else segment_ids
-    over = lambda x: x.reshape(*x.shape, *(1,) * channels)  # noqa: E731
-    real, begins = (to_chunks(over(x), chunk) for x in (ids >= 0, document_starts(ids)))
-    by_chunk = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (to_chunks(k, chunk), to_chunks(v, chunk), real, begins))
+    ids = jnp.zeros(k.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    over = lambda x: x.reshape(*x.shape, *(1,) * (k.ndim - 2))  # noqa: E731
+    real, begins = over(ids >= 0), over(document_starts(ids))
 
-    def body(state: RWKV4Memory, tokens: tuple[Array, ...]) -> tuple[RWKV4Memory, Array]:
-        k, v, real, begins = tokens
-        write = written(k, v)
-        kept = write._replace(
-            numerator=jnp.where(real, v, 0),
-            denominator=jnp.where(real, write.denominator, 0),
-            maximum=jnp.where(real, k, 2 * NOTHING),  # below that of an empty memory: no tie, no gradient
-        )
-        decay = jnp.where(begins, NOTHING, jnp.where(real, log_decay, 0)) + jnp.zeros_like(k)
-        upto: _Map = jax.lax.associative_scan(lambda earlier, later: later.after(earlier), _Map(decay, kept), axis=1)
-        after = upto(jax.tree.map(lambda x: x[:, None], state))
-        before = jax.tree.map(lambda first, x: jnp.concatenate([first[:, None], x[:, :-1]], 1), state, after)
-        before = jax.tree.map(lambda empty, x: jnp.where(begins, empty, x), nothing(before), before)
-        return jax.tree.map(lambda x: x[:, -1], after), before.plus(write.decayed(bonus)).average
-
-    state, out = jax.lax.scan(jax.checkpoint(body), initial_state, by_chunk)
-    return real_tokens(from_chunks(jnp.moveaxis(out, 0, 1), length), segment_ids), state
+    first, constant = initial_state.maximum, jax.lax.stop_gradient
+    m = largest(constant(k), constant(log_decay), first, real, begins)
+    before = jnp.where(begins, NOTHING, jnp.concatenate([first[:, None], m[:, :-1]], 1))
+    start = jnp.stack([initial_state.numerator, initial_state.denominator], -1)
+    # In this order: the maxima are near, their difference exact, and no rounding adds up over the tokens.
+    decay = jnp.where(begins, NOTHING, jnp.where(real, (before - m) + log_decay, 0))
+    weight = jnp.where(real, jnp.exp(jnp.where(real, k - m, 0)), 0)
+    sums, last = scan(
+        weight[..., None] * jnp.stack([v, jnp.ones_like(v)], -1),
+        jnp.broadcast_to(decay[..., None], (*k.shape, 2)),
+        start,
+    )
+    found = jnp.where(begins[..., None], 0, jnp.concatenate([start[:, None], sums[:, :-1]], 1))
+    out = RWKV4Memory(found[..., 0], found[..., 1], before).plus(written(v, k + bonus)).average
+    return real_tokens(out, segment_ids), RWKV4Memory(last[..., 0], last[..., 1], m[:, -1])
 
 
-def written(k: Array, v: Array) -> RWKV4Memory:
+def largest(
+    k: Float[Array, "B T ..."],
+    log_decay: Float[Array, "..."],
+    first: Float[Array, "B ..."],
+    real: Bool[Array, "B T ..."],
+    begins: Bool[Array, "B T ..."],
+) -> Float[Array, "B T ..."]:
+    """m_t = max(m_{t-1} + g, k_t), by maps m -> max(m + decay, k) that compose."""
+    decay = jnp.where(begins, NOTHING, jnp.where(real, log_decay, 0)) + jnp.zeros_like(k)
+
+    def after(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
+        return earlier[0] + later[0], jnp.maximum(earlier[1] + later[0], later[1])
+
+    total, m = jax.lax.associative_scan(after, (decay, jnp.where(real, k, NOTHING)), axis=1)
+    return jnp.maximum(first[:, None] + total, m)
+
+
+def leaving(
+    k: Float[Array, "B T ..."],
+    log_decay: Float[Array, "..."],
+    first: Float[Array, "B ..."],
+    segment_ids: SegmentIds | None,
+) -> Float[Array, "B ..."]:
+    """The last m as a maximum over the tokens of the last document and the memory before them."""
+    ids = jnp.zeros(k.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    real = ids >= 0
+    later = jnp.cumsum(real[:, ::-1], axis=1)[:, ::-1] - real
+    over = lambda x: x.reshape(*x.shape, *(1,) * (k.ndim - 2))  # noqa: E731
+    own = over(real & (ids == jnp.max(ids, axis=1, keepdims=True)))
+    tokens = jnp.where(own, k + over(later) * log_decay, NOTHING)
+    count = over(jnp.sum(real, axis=1, keepdims=True))[:, 0]
+    kept = jnp.where(over(jnp.any(document_starts(ids), axis=1)), NOTHING, first + count * log_decay)
+    which = jnp.argmax(tokens, axis=1)[:, None]  # an index: comparisons, done anew in the backward pass, may not agree
+    token = jnp.take_along_axis(tokens, which, axis=1)[:, 0]
+    return jnp.where(token > kept, token, kept)
+
+
+def written(v: Array, k: Array) -> RWKV4Memory:
     """e^k v and e^k."""
     return RWKV4Memory(v, jnp.ones_like(v), k)
 

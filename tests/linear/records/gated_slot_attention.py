@@ -37,7 +37,7 @@ def _chunkwise(inputs, initial_state, segment_ids, chunk):
 
 
 def _row(inputs, state):
-    length, heads, value_dim = inputs["v"].shape
+    length, heads, value_dim = len(inputs["v"]), len(state), inputs["v"].shape[-1]
     state, out = np.array(state), np.zeros((length, heads, value_dim))
     for head, t in np.ndindex(heads, length):
         q, k, v = (inputs[name][t, head // (heads // inputs[name].shape[1])] for name in "qkv")
