@@ -17,10 +17,13 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def kind_of(config: Config) -> str:
-    """`model_type`; RWKV's authors give a version instead, here "RWKV-7"."""
-    if "model_type" not in config and "version" in config:
+    """`model_type`; RWKV's authors give a version instead, here "RWKV-7", and others only fields of their own."""
+    if "model_type" in config:
+        return str(config["model_type"])
+    if "version" in config:
         return f"RWKV-{config['version']}"
-    return str(config.get("model_type"))
+    told = (kind for kind, family in FAMILIES.items() if family.fields and set(family.fields) <= set(config))
+    return next(told, "None")
 
 
 def family_of(config: Config) -> Family:

@@ -29,7 +29,7 @@ def no_sizes(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 class Family(NamedTuple):
     """Args:
-    model_types: values of `model_type` in config.json, or "RWKV-7" for `version` 7 without one.
+    model_types: values of `model_type` in config.json, or "RWKV-7" for `version` 7 without one; of `fields` our name.
     blocks: the name of each block, in order; a name stands for options under `mixers` of `options`.
     options: of `LanguageModel`, but for the pattern.
     outside: the tensors that belong to no block.
@@ -39,6 +39,7 @@ class Family(NamedTuple):
     unused: parameters of block i without effect there, named below it: no tensor fills them, and they are zeros.
     sizes: what a config may lack, from the tensors.
     marks: names of tensors that tell the family where there is no config.json.
+    fields: names in config.json that tell the family where there is no `model_type`.
     """
 
     model_types: tuple[str, ...]
@@ -51,3 +52,4 @@ class Family(NamedTuple):
     unused: Callable[[Config, int], Sequence[str]] = all_used
     sizes: Callable[[Mapping[str, TensorInfo]], dict[str, Any]] = no_sizes
     marks: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()

@@ -95,6 +95,18 @@ TRANSPOSED = Layout(
 )
 """One parameter with its axes in the other order."""
 
+
+def stacked(between: Shape = ()) -> Layout:
+    """Parameters of one shape along a new first axis, and axes of size 1 (`between`) after it."""
+    return Layout(
+        shape=lambda shapes: (len(shapes), *between, *shapes[0]),
+        split=lambda tensor, shapes: list(tensor.reshape(len(shapes), *shapes[0])),
+        join=lambda arrays: np.stack(arrays).reshape(len(arrays), *between, *arrays[0].shape),
+    )
+
+
+STACKED = stacked()
+
 INTERLEAVED = Layout(
     shape=lambda shapes: (*shapes[0][:-1], sum(s[-1] for s in shapes)),
     split=lambda tensor, shapes: [tensor[..., i :: len(shapes)] for i in range(len(shapes))],
