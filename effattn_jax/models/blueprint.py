@@ -10,19 +10,22 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from effattn_jax.layers.buffer import Buffer
 from effattn_jax.typing import Array
 
 Parameters = dict[str, Array]
 
 
 class Blueprint[Model: nnx.Module](NamedTuple):
-    """A model without its parameters; `axes` are the logical names of each parameter's axes, None for a stacked one."""
+    """A model without its parameters; `axes` are the logical names of each parameter's axes, None for a stacked one.
+    `buffers` names those that are constants: nothing may train them."""
 
     graph: nnx.GraphDef[Model]
     structure: Any
     names: tuple[str, ...]
     shapes: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[str | None, ...]]
+    buffers: frozenset[str]
 
     def model(self, parameters: Mapping[str, Array]) -> Model:
         """The model with these parameters; usable inside a traced function."""
@@ -40,7 +43,8 @@ def blueprint[Model: nnx.Module](make: Callable[[], Model]) -> Blueprint[Model]:
     for name, variable in variables.items():
         named = variable.get_metadata()["axes"]
         axes[name] = (None,) * (shapes[name].ndim - len(named)) + tuple(named)
-    return Blueprint(graph, structure, tuple(variables), shapes, axes)
+    buffers = frozenset(name for name, variable in variables.items() if isinstance(variable, Buffer))
+    return Blueprint(graph, structure, tuple(variables), shapes, axes, buffers)
 
 
 def parameters_of(model: nnx.Module) -> Parameters:

@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from effattn_jax import checks
-from effattn_jax.layers.buffer import Buffer
 from effattn_jax.models.blueprint import Blueprint
 
 Index = tuple[int, ...]
@@ -24,17 +21,10 @@ def check_coverage(kind: str, plan: Blueprint[Any], named: Mapping[str, Sequence
     Raises:
       ValueError: with all that is left over.
     """
-    computed = buffers(plan)
-    wanted = [name for name in plan.names if name not in computed]
+    wanted = [name for name in plan.names if name not in plan.buffers]
     left = [place for name in wanted for place in _left(name, plan.shapes[name].shape, named.get(name, ()))]
     if left:
         checks.fail(f"the table of {kind!r}", f"no tensor for {', '.join(left)}", "one for every parameter")
-
-
-def buffers(plan: Blueprint[Any]) -> set[str]:
-    """The names of what layers compute for themselves."""
-    state = jax.tree.unflatten(plan.structure, [plan.shapes[name] for name in plan.names])
-    return {".".join(map(str, path)) for path, variable in nnx.to_flat_state(state) if isinstance(variable, Buffer)}
 
 
 def _left(name: str, shape: tuple[int, ...], indices: Sequence[Index]) -> list[str]:

@@ -45,8 +45,9 @@ def state_shardings(blueprint: Blueprint[Any], optimizer: optax.GradientTransfor
 
 
 def decay_mask(blueprint: Blueprint[Any]) -> dict[str, bool]:
-    """Weight decay pulls on matrices only: not on norms, biases, gates and taps of convolutions."""
-    return {name: len([a for a in axes if a]) == 2 and "conv" not in axes for name, axes in blueprint.axes.items()}
+    """Weight decay pulls on matrices only: not on norms, biases, gates, taps of convolutions and constants."""
+    matrix = {name: len([a for a in axes if a]) == 2 and "conv" not in axes for name, axes in blueprint.axes.items()}
+    return {name: matrix[name] and name not in blueprint.buffers for name in blueprint.names}
 
 
 def loss_sum(blueprint: Blueprint[LanguageModel], parameters: Parameters, batch: Batch) -> tuple[Scalar, Scalar]:
