@@ -406,9 +406,9 @@ BAD = {
 
 @every_engine
 def test_bad_arguments(engine):
-    cases = BAD | dict(engine.bad) | (QKV if {"q", "k", "v"} <= draw_problem(engine).inputs.keys() else {})
+    problem = draw_problem(engine, MAIN, segment_ids=PACKINGS["straddling"])
+    cases = BAD | dict(engine.bad) | (QKV if {"q", "k", "v"} <= problem.inputs.keys() else {})
     for case, (argument, spoil) in cases.items():
-        problem = draw_problem(engine, MAIN, segment_ids=PACKINGS["straddling"])
         arguments = problem.inputs | {"initial_state": problem.initial_state, "segment_ids": problem.segment_ids}
         arguments |= {"form": None}
         arguments[argument] = spoil(arguments.get(argument))

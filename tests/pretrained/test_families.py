@@ -101,7 +101,7 @@ def test_logits_of_a_long_row(name, model):
     np.testing.assert_allclose(got[:, 64:], want[:, 64:], atol=atol, rtol=0)
 
 
-@pytest.mark.quick_cases(5)
+@pytest.mark.quick_cases(2)
 def test_greedy_continuation(name, model):
     io = fixture(name).io
     ids = io["input_ids"]
@@ -138,7 +138,7 @@ def test_left_padded_rows(name, model):
     np.testing.assert_allclose(got[:, 9:], io["logits"][:1], atol=tolerance(name), rtol=0)
 
 
-@pytest.mark.quick_cases(8)
+@pytest.mark.quick_cases(3)
 def test_what_is_saved_is_what_was_read(name, model, tmp_path):
     given = fixture(name)
     save(model, tmp_path / "out")

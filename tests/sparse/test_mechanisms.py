@@ -70,6 +70,7 @@ def _is_its_oracle(mechanism, length):
     assert_close(expected(mechanism, q, k, v), jit(mechanism.run)(q, k, v), mechanism.limit, f"length {length}")
 
 
+@pytest.mark.quick_cases(4)
 @of_each(lambda m: m.trainable and m.mask is not None)
 def test_gradients_are_those_of_the_softmax_under_its_mask(mechanism):
     """What is selected has no gradient of its own."""
