@@ -151,14 +151,13 @@ def with_gradients(
     segment_ids: SegmentIds | None,
 ) -> tuple[Float[Array, "B T ..."], RWKV4Memory]:
     """An algorithm to which all maxima are constants: what it reads does not depend on them, and sums of gradients that
-    cancel are not taken. The memory that enters and the one that leaves do depend on theirs.
+    cancel are not taken. The memory that enters and the one that leaves do depend on theirs; the last one is computed
+    anew, without the roundings that adding a small decay to it token by token leaves.
     """
     first = jax.lax.stop_gradient(initial_state.maximum)
     start = initial_state.over(first, initial_state.maximum)
     out, last = algorithm(k, v, log_decay, bonus, start, segment_ids)
-    exponent = leaving(k, log_decay, initial_state.maximum, segment_ids)
-    maximum = last.maximum + (exponent - jax.lax.stop_gradient(exponent))
-    return out, last.over(maximum, last.maximum)
+    return out, last.over(leaving(k, log_decay, initial_state.maximum, segment_ids), last.maximum)
 
 
 def recurrent(
