@@ -10,7 +10,7 @@ from effattn_jax import checks
 from effattn_jax.dispatch import Implementation
 from effattn_jax.layers.buffer import Buffer, constant
 from effattn_jax.layers.documents import forget_other_documents, new_document, no_document
-from effattn_jax.layers.lower_bound import log_forget_gate, lower_bound
+from effattn_jax.layers.lower_bound import bound_logits, log_forget_gate, lower_bound
 from effattn_jax.layers.projection import Projection
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.linear import vector_decay
@@ -39,6 +39,7 @@ class HGRN2(nnx.Module):
       head_dim: K and V of a head; there are dim / head_dim heads.
       lower_bound: gamma as a number in [0, 1) for all channels, in place of the trainable one.
       layer_index, layer_count: l and L, the place in the stack.
+      own_bounds: False in a stack that has the logits once for all its layers and hands them to `with_bounds`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class HGRN2(nnx.Module):
         norm_eps: float = 1e-5,
         layer_index: int | Array = 0,
         layer_count: int = 1,
+        own_bounds: bool = True,
         dtype: Any = jnp.float32,
         implementation: Implementation = None,
         rngs: nnx.Rngs,
@@ -64,17 +66,24 @@ class HGRN2(nnx.Module):
         project = lambda: Projection(dim, dim, ("embed", "heads"), dtype=dtype, rngs=rngs)  # noqa: E731
         self.q_proj, self.f_proj, self.i_proj = project(), project(), project()
         if lower_bound is None:
-            self.bound_logits = nnx.Param(jnp.zeros((layer_count, dim), jnp.float32), axes=("depth", "heads"))
+            if own_bounds:
+                self.bound_logits = bound_logits(layer_count, dim)
             self.layer_index = Buffer(jnp.asarray(layer_index, jnp.float32), axes=())
         self.norm = RMSNorm(dim, eps=norm_eps, axis="heads", dtype=dtype)
         self.out_proj = Projection(dim, dim, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
     @property
-    def gamma(self) -> Float[Array, " D"]:
-        """The lower bound of alpha."""
+    def bound_channels(self) -> int:
+        """D of the logits."""
+        return self.heads * self.head_dim
+
+    def gamma(self, logits: Float[Array, "L D"] | None = None) -> Float[Array, " D"]:
+        """The lower bound of alpha, from the layer's own logits where none are given."""
         if self.fixed_bound is not None:
-            return jnp.full((self.heads * self.head_dim,), self.fixed_bound, jnp.float32)
-        return lower_bound(self.bound_logits[...], constant(self.layer_index))
+            return jnp.full((self.bound_channels,), self.fixed_bound, jnp.float32)
+        if logits is None and not hasattr(self, "bound_logits"):
+            checks.fail("bounds", None, "those of the stack, since own_bounds is False")
+        return lower_bound(self.bound_logits[...] if logits is None else logits, constant(self.layer_index))
 
     def init_state(self, batch_size: int, max_length: int) -> HGRN2State:
         """`max_length` is of no consequence here: the state has one size."""
@@ -94,11 +103,23 @@ class HGRN2(nnx.Module):
         positions: Positions | None = None,
     ) -> tuple[Hidden, HGRN2State | None]:
         """`positions` is of no consequence here: the recurrence knows the order."""
+        return self.with_bounds(x, state, None, segment_ids=segment_ids, positions=positions)
+
+    def with_bounds(
+        self,
+        x: Hidden,
+        state: HGRN2State | None,
+        bounds: Float[Array, "L D"] | None,
+        *,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> tuple[Hidden, HGRN2State | None]:
+        """The layer with the logits of the stack; None: its own."""
         checks.check_segment_ids(segment_ids, *x.shape[:2])
         if state is not None:
             state = forget_other_documents(state, segment_ids)
         by_heads = lambda y: y.reshape(*x.shape[:2], self.heads, self.head_dim)  # noqa: E731
-        log_alpha = log_forget_gate(self.f_proj(x), self.gamma)
+        log_alpha = log_forget_gate(self.f_proj(x), self.gamma(bounds))
         o, memory = vector_decay(
             by_heads(jax.nn.silu(self.q_proj(x))),
             by_heads(-jnp.expm1(log_alpha).astype(self.dtype)),

@@ -2,8 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from effattn_jax.typing import Array, Float, Int
+
+
+def bound_logits(layer_count: int, channels: int) -> nnx.Param:
+    """The logits [L, D] of all layers, where they start: equal shares."""
+    return nnx.Param(jnp.zeros((layer_count, channels), jnp.float32), axes=("depth", "heads"))
 
 
 def lower_bound(

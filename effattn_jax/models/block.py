@@ -29,6 +29,7 @@ class Block(nnx.Module):
       residual, mlp_residual: how the two join the stream, see `Residual`.
       kv_from: the mixer has no keys and values of its own: in a stack it reads those of the layer of that name.
       kv_name: the name under which others read this one's.
+      bounds_name: the mixer has no lower bounds of its own: a stack hands it those of this name.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Block(nnx.Module):
         mlp_residual: Residual | Mapping[str, Any] | None = None,
         kv_from: str | None = None,
         kv_name: str | None = None,
+        bounds_name: str | None = None,
         layer_index: int | Array = 0,
         layer_count: int = 1,
         norm_eps: float = 1e-6,
@@ -55,8 +57,9 @@ class Block(nnx.Module):
         for argument, name, known in (("mixer", mixer, MIXERS), ("mlp", mlp, FEED_FORWARDS), ("norm", norm, NORMS)):
             if name not in known:
                 checks.fail(argument, repr(name), f"one of {', '.join(sorted(known))}")
-        self.kv_from, self.kv_name = kv_from, kv_name
+        self.kv_from, self.kv_name, self.bounds_name = kv_from, kv_name, bounds_name
         options = options if kv_from is None else {**options, "own_keys": False}
+        options = options if bounds_name is None else {**options, "own_bounds": False}
         place = {"layer_index": layer_index, "layer_count": layer_count}
         make_norm = lambda wanted: NORMS[norm](dim, eps=norm_eps, dtype=dtype) if wanted else None  # noqa: E731
         self.norm: Any = make_norm(True)
@@ -96,7 +99,7 @@ class Block(nnx.Module):
         segment_ids: SegmentIds | None = None,
         positions: Positions | None = None,
     ) -> tuple[Hidden, Any, Handed]:
-        """The block among others, with what those below hand up."""
+        """The block among others, with what those below and the stack hand to it."""
         where = {"segment_ids": segment_ids, "positions": positions}
         stateful = self.mlp is not None and hasattr(self.mlp, "init_state")
         mixer_state, mlp_state = state if stateful and state is not None else (state, None)
@@ -106,6 +109,8 @@ class Block(nnx.Module):
             y, mixer_state, first = self.mixer.with_first_value(normed, mixer_state, first, **where)
         elif self.kv_from is not None or self.kv_name is not None:
             y, mixer_state, keys = self.mixer.with_keys(normed, mixer_state, handed.keys, **where)
+        elif self.bounds_name is not None:
+            y, mixer_state = self.mixer.with_bounds(normed, mixer_state, handed.bounds, **where)
         else:
             y, mixer_state = self.mixer(normed, mixer_state, **where)
         handed = Handed(first, keys if self.kv_name is not None else None)

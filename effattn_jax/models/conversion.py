@@ -145,8 +145,12 @@ def _fitted(name: str, old: Array, shape: tuple[int, ...], head_dim: int) -> Arr
 
 
 def blocks_of(model: LanguageModel) -> list[Block]:
-    """Each block by itself, in order, with its part of stacked parameters."""
+    """Each block by itself, in order, with its part of stacked parameters and the lower bounds that it reads."""
     graph, stacked = nnx.split(model.units)
     units = [nnx.merge(graph, jax.tree.map(lambda x, r=r: x[r], stacked)) for r in range(model.repeats)]
-    around = [[] if unit is None else list(unit.blocks) for unit in (model.before, model.after)]
-    return [*around[0], *(block for unit in units for block in unit.blocks), *around[1]]
+    copy = lambda unit: [] if unit is None else nnx.merge(*nnx.split(unit)).blocks  # noqa: E731
+    blocks = [*copy(model.before), *(block for unit in units for block in unit.blocks), *copy(model.after)]
+    for block in blocks:
+        if block.bounds_name is not None:
+            block.mixer.bound_logits = model.bounds[block.bounds_name]
+    return blocks

@@ -16,6 +16,7 @@ from effattn_jax.models.activations import shard_batch
 from effattn_jax.models.attachment import attach
 from effattn_jax.models.block import Block
 from effattn_jax.models.key_sharing import KV_FROM, carried, check_key_sharing, read_names
+from effattn_jax.models.lower_bounds import bounds_name, common_bounds
 from effattn_jax.models.unit import Carry, Unit
 from effattn_jax.typing import Array, Float, Hidden, Logits, Positions, SegmentIds, Tokens
 
@@ -43,6 +44,9 @@ class LanguageModel(nnx.Module):
         LanguageModel(vocab_size=258, dim=256, mlp_dim=704, pattern=("mamba2", "mamba2", "local"), repeats=2,
                       mixers={"mamba2": {"state_dim": 64}, "local": {"kind": "attention", "heads": 4, "window": 128}},
                       rngs=nnx.Rngs(0))
+
+    Forget gates whose lower bound rises with depth (HGRN, HGRN2) have its logits once, in `bounds`: blocks of one name
+    read the same ones.
 
     `kv_from` names the layer whose keys and values this one reads: the nearest below it of that name, be it in the same
     repetition, in the one before or in `before`. Of the two only that one has a cache. All global layers of a stack on
@@ -117,17 +121,19 @@ class LanguageModel(nnx.Module):
             blocks = []
             for i, name in enumerate(names):
                 options = dict(mixers.get(name, {}))
+                kind = options.pop("kind", name)
                 of_block = of_all | {key: options.pop(key) for key in BLOCK_OPTIONS if key in options}
                 place: dict[str, Any] = {"layer_index": first_layer + i, "layer_count": layer_count}
                 shared: dict[str, Any] = {
                     "kv_name": name if name in read else None,
+                    "bounds_name": bounds_name(name, kind, options),
                     "norm": norm,
                     "post_norm": post_norm,
                     "norm_eps": norm_eps,
                     "dtype": dtype,
                     "rngs": rngs,
                 }
-                blocks.append(Block(dim, options.pop("kind", name), options, **of_block, **place, **shared))
+                blocks.append(Block(dim, kind, options, **of_block, **place, **shared))
             return Unit(blocks)
 
         @nnx.split_rngs(splits=repeats)
@@ -141,6 +147,7 @@ class LanguageModel(nnx.Module):
         self.before = unit(before, 0, rngs) if before else None
         self.units = stack(rngs, len(before) + len(pattern) * jnp.arange(repeats))
         self.after = unit(after, layer_count - len(after), rngs) if after else None
+        self.bounds = nnx.Dict(common_bounds((block for _, block in self.parts()), layer_count))
         self.final_norm: Any = NORMS[norm](dim, eps=norm_eps, dtype=dtype)
         self.head = None if tie_embeddings else Projection(dim, vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
 
@@ -214,7 +221,8 @@ class LanguageModel(nnx.Module):
         else:
             before, repeated, after = state
         graph, parameters = nnx.split(self.units)
-        where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
+        bounds = {name: logits[...] for name, logits in self.bounds.items()}
+        where: dict[str, Any] = {"bounds": bounds, "segment_ids": segment_ids, "positions": positions}
 
         carry = Carry(x, self.first_value(x), {})
         if self.before is not None:

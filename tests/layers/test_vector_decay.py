@@ -10,6 +10,7 @@ from flax import nnx
 
 from effattn_jax import checks
 from effattn_jax.layers import (
+    HGRN,
     HGRN2,
     RWKV5,
     RWKV6,
@@ -272,10 +273,21 @@ def test_lower_bound_of_hgrn2(index):
     def gamma(index, logits):
         module = HGRN2(DIM, head_dim=8, layer_index=index, layer_count=4, rngs=nnx.Rngs(0))
         module.bound_logits[...] = logits
-        return module.gamma
+        return module.gamma()
 
     share = np.exp(logits) / np.exp(logits).sum(0)
     np.testing.assert_allclose(jit(gamma)(index, logits), share[1 : index + 1].sum(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [HGRN, HGRN2])
+def test_a_layer_that_leaves_the_lower_bounds_to_the_stack(make):
+    options = {"head_dim": 8} if make is HGRN2 else {}
+    module = nnx.eval_shape(lambda: make(DIM, **options, layer_count=4, own_bounds=False, rngs=nnx.Rngs(0)))
+    assert not hasattr(module, "bound_logits")
+    with pytest.raises(ValueError, match=r"^bounds: got None; needs those of the stack"):
+        jax.eval_shape(lambda module: module(inputs(3))[0], module)
+    y, _ = jax.eval_shape(lambda module, bounds: module.with_bounds(inputs(3), None, bounds), module, inputs(4)[0])
+    assert y.shape == inputs(3).shape
 
 
 def test_rwkv6_without_low_rank_parts_is_rwkv5():

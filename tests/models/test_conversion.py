@@ -89,8 +89,9 @@ def test_nothing_replaced_by_itself_is_the_teacher():
 
 
 @pytest.mark.slow
-def test_blocks_one_by_one_are_the_model():
-    model = build(with_mixer(OPTIONS, "gla", [0, 3]), 0)
+@pytest.mark.parametrize("mixer", ["gla", "hgrn2"])
+def test_blocks_one_by_one_are_the_model(mixer):
+    model = build(with_mixer(OPTIONS, mixer, [0, 3]), 0)
 
     def one_by_one(model):
         x = model.embed(TOKENS)

@@ -3,13 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from effattn_jax.layers import HGRN2, Attention, GatedLinearAttention
-from effattn_jax.models.blueprint import blueprint
+from effattn_jax.models.blueprint import blueprint, parameters_of
 from effattn_jax.pretrained import from_config, load, save
 from effattn_jax.pretrained.rules import rules
+from effattn_jax.training.sharding import make_mesh
+from effattn_jax.training.step import TrainState, loss_sum, make_train_step
+from tests.compiled import jit
 from tests.pretrained.fixture import fixture, header, raw
 
 SOFTMAX = {"layers": [1, 3], "num_heads": 4, "num_kv_heads": 2, "window_size": 16, "rope_theta": 500.0}
@@ -93,15 +97,44 @@ def test_lower_bounds_are_one_tensor(tmp_path):
     twice, _, last = (block.mixer for _, block in model.parts())
     assert isinstance(twice, HGRN2)
     assert isinstance(last, HGRN2)
-    with pytest.raises(ValueError, match=r"^bound_logits: got other numbers in other blocks; needs the same in all"):
-        save(model, tmp_path / "other")
-    logits = last.bound_logits[...]
-    twice.bound_logits[...] = jnp.stack([logits, logits])
+    assert [name for name in parameters_of(model) if "bound" in name] == ["bounds.hgrn2"]
     save(model, tmp_path / "out")
     assert [(n, shape) for n, shape in header(tmp_path / "out").items() if "bound" in n] == [
         ("model.lower_bounds", (5, 32))
     ]
-    assert raw(tmp_path / "out")["model.lower_bounds"] == np.asarray(logits).tobytes()
+    assert raw(tmp_path / "out")["model.lower_bounds"] == np.asarray(model.bounds["hgrn2"][...]).tobytes()
+
+
+def test_bounds_that_are_not_trained_have_no_tensor():
+    found = tensors(config_of("fla_hgrn2", use_lower_bound=False))
+    assert not [name for name in found if "bound" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fla_hgrn", "fla_hgrn2"])
+def test_a_trained_model_with_lower_bounds_is_saved(name, tmp_path):
+    """A step down the gradient, which is the slope of the loss in the one tensor; the file has the published names."""
+    model, rng = load(fixture(name).path), np.random.default_rng(0)
+    ids = np.asarray(fixture(name).io["input_ids"], np.int32)
+    where = {"segment_ids": np.zeros_like(ids[:, 1:]), "positions": np.zeros_like(ids[:, 1:]) + np.arange(36)}
+    batch = where | {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+    plan, start = blueprint(lambda: model), parameters_of(model)
+    (bounds,) = [key for key in start if key.startswith("bounds.")]
+    optimizer = optax.sgd(0.5)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, start), optimizer.init(start))
+    state, _ = make_train_step(plan, optimizer, mesh)(state, batch)
+    move = np.asarray(state.parameters[bounds] - start[bounds])
+    assert np.abs(move).max() > 1e-5
+
+    loss = jit(lambda shift: jnp.divide(*loss_sum(plan, start | {bounds: start[bounds] + shift}, batch)))
+    direction = rng.standard_normal(move.shape, np.float32)
+    near, far = ((float(loss(h * direction)) - float(loss(-h * direction))) / (2 * h) for h in (0.05, 0.1))
+    np.testing.assert_allclose(np.sum(direction * move) / -0.5, (4 * near - far) / 3, rtol=5e-3)
+
+    save(plan.model(state.parameters), tmp_path / "out")
+    assert header(tmp_path / "out") == fixture(name).tensors
+    assert raw(tmp_path / "out")["model.lower_bounds"] == np.asarray(state.parameters[bounds]).tobytes()
 
 
 @pytest.mark.parametrize(
