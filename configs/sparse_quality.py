@@ -25,9 +25,11 @@ def get_config(size: str = "small") -> ConfigDict:
     config.model.dim, config.model.mlp_dim, config.model.repeats = (512, 1408, 8) if full else (128, 352, 4)
     config.model.pattern = ("attention",)
     heads, kv_heads = (8, 2) if full else (4, 2)
-    config.model.mixers = {"attention": {"heads": heads, "kv_heads": kv_heads, "qk_norm": True}}
-    # embeddings of variance 1: bytes show in the residual stream from the first step on, without which no head learns
-    # to compare keys in so short a run
+    # Three things without which so short a run does not learn to find needles. Channels that are not rotated compare
+    # keys at any distance; a feed-forward layer that sees the token before, too, tells what follows a key; embeddings of
+    # variance 1 show in the residual stream from the first step on. Attention is all that reads farther back.
+    config.model.mixers = {"attention": {"heads": heads, "kv_heads": kv_heads, "qk_norm": True, "rope_fraction": 0.5}}
+    config.model.mlp = "rwkv7_channel_mix"
     config.model.embedding_scale = 50.0
     config.optimizer.learning_rate = 1e-3 if full else 4e-3
     config.optimizer.final_fraction = 0.05
@@ -47,7 +49,7 @@ def get_config(size: str = "small") -> ConfigDict:
         }
         config.sweep = {"shares": (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), "block": 64, "page": 16}
     else:
-        config.stages = ((80, 16, 6, 6, 900), (256, 8, 10, 16, 300), (512, 8, 16, 16, 300))
+        config.stages = ((80, 16, 6, 6, 2000), (256, 8, 10, 16, 600), (512, 8, 16, 16, 500))
         config.test = {
             "length": 512,
             "decoded": 32,

@@ -9,8 +9,7 @@ Double Sparsity, H2O, SnapKV, ClusterKV, RetroInfer and StreamingLLM. Quality is
 part of the needles that is found; the share of the keys that was read is counted, not the budget. Dense reading is the
 ceiling, as many keys at random the floor.
 
-In the small size and its minutes on a CPU the model hardly learns the needles (dense recall 0.16, a guess among 16 is
-0.06): there the bits compare methods and the recall does not. `--full` is for an accelerator and has not been run.
+The small size takes two CPU cores the better part of an hour; `--full` is for an accelerator and has not been run.
 
 The parameters stay in --workdir, and the same command evaluates them again. `configs/sparse_quality.py` has all sizes.
 Writes sparse_quality.json and sparse_quality.png to --output.
