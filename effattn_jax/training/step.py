@@ -44,10 +44,15 @@ def state_shardings(blueprint: Blueprint[Any], optimizer: optax.GradientTransfor
     return TrainState(replicated(mesh), parameters, shardings_like(moments, parameters, mesh))
 
 
+MATRICES = {"kernel", "embedding", "mix_up"}  # names of parameters that multiply channels
+
+
 def decay_mask(blueprint: Blueprint[Any]) -> dict[str, bool]:
-    """Weight decay pulls on matrices only: not on norms, biases, gates, taps of convolutions and constants."""
-    matrix = {name: len([a for a in axes if a]) == 2 and "conv" not in axes for name, axes in blueprint.axes.items()}
-    return {name: matrix[name] and name not in blueprint.buffers for name in blueprint.names}
+    """Weight decay pulls on embeddings and on matrices of channels, of experts and blocks too.
+
+    Not on norms, biases, rates such as Mamba's A_log, starts of memories, taps of convolutions and constants.
+    """
+    return {name: name.split(".")[-1] in MATRICES and "conv" not in axes for name, axes in blueprint.axes.items()}
 
 
 def loss_sum(blueprint: Blueprint[LanguageModel], parameters: Parameters, batch: Batch) -> tuple[Scalar, Scalar]:
