@@ -26,8 +26,8 @@ def get_config(size: str = "small") -> ConfigDict:
     config.model.pattern = ("attention",)
     heads, kv_heads = (8, 2) if full else (4, 2)
     # Three things without which so short a run does not learn to find needles. Channels that are not rotated compare
-    # keys at any distance; a feed-forward layer that sees the token before, too, tells what follows a key; embeddings of
-    # variance 1 show in the residual stream from the first step on. Attention is all that reads farther back.
+    # keys at any distance; a feed-forward layer that sees the token before, too, tells what follows a key; embeddings
+    # of variance 1 show in the residual stream from the first step on. Attention is all that reads farther back.
     config.model.mixers = {"attention": {"heads": heads, "kv_heads": kv_heads, "qk_norm": True, "rope_fraction": 0.5}}
     config.model.mlp = "rwkv7_channel_mix"
     config.model.embedding_scale = 50.0

@@ -142,11 +142,9 @@ def _help(description: str | None, argv: Sequence[str], own_flags: Sequence[flag
         "  --config.<field>=<value>   overrides a field",
         "  --workdir=<directory>      where the run's files are; default: runs/<name of the config file>",
     ]
-    lines += [
-        f"  --{own[name].name}=<{own[name].flag_type()}>  {' '.join(own[name].help.split())} (default: {own[name].default})"
-        for own in own_flags
-        for name in own
-    ]
+    for flag in [own[name] for own in own_flags for name in own]:
+        meaning = " ".join(flag.help.split())
+        lines.append(f"  --{flag.name}=<{flag.flag_type()}>  {meaning} (default: {flag.default})")
     meaning = (base.__doc__ or "").strip("\n")
     lines += [
         "",
