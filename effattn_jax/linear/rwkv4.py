@@ -142,7 +142,7 @@ def _xla(
 
 
 def with_gradients(
-    algorithm: Callable[..., tuple[Array, RWKV4Memory]],
+    algorithm: Callable[..., tuple[Array, RWKV4Memory, Array]],
     k: Float[Array, "B T ..."],
     v: Float[Array, "B T ..."],
     log_decay: Float[Array, "..."],
@@ -151,13 +151,13 @@ def with_gradients(
     segment_ids: SegmentIds | None,
 ) -> tuple[Float[Array, "B T ..."], RWKV4Memory]:
     """An algorithm to which all maxima are constants: what it reads does not depend on them, and sums of gradients that
-    cancel are not taken. The memory that enters and the one that leaves do depend on theirs; the last one is computed
-    anew, without the roundings that adding a small decay to it token by token leaves.
+    cancel are not taken. The memory that enters and the one that leaves do depend on theirs; the last one it computes
+    anew, from the exponent of one token and how long ago that was: a small decay is not added token by token.
     """
     first = jax.lax.stop_gradient(initial_state.maximum)
     start = initial_state.over(first, initial_state.maximum)
-    out, last = algorithm(k, v, log_decay, bonus, start, segment_ids)
-    return out, last.over(leaving(k, log_decay, initial_state.maximum, segment_ids), last.maximum)
+    out, last, maximum = algorithm(k, v, log_decay, bonus, start, initial_state.maximum, segment_ids)
+    return out, last.over(maximum, last.maximum)
 
 
 def recurrent(
@@ -166,15 +166,23 @@ def recurrent(
     log_decay: Float[Array, "..."],
     bonus: Float[Array, "..."],
     initial_state: RWKV4Memory,
+    first: Float[Array, "B ..."],
     segment_ids: SegmentIds | None,
-) -> tuple[Float[Array, "B T ..."], RWKV4Memory]:
+) -> tuple[Float[Array, "B T ..."], RWKV4Memory, Float[Array, "B ..."]]:
     """The equation, token by token."""
+    Carry = tuple[RWKV4Memory, Array, Array]  # the last two: the exponent that is the maximum, and its age
 
-    def step(state: RWKV4Memory, token: tuple[Array, Array]) -> tuple[RWKV4Memory, Array]:
-        k, v = token
-        return state.plus(written(v, k), log_decay), state.plus(written(v, k + bonus)).average
+    def step(carry: Carry, token: tuple[Array, Array]) -> tuple[Carry, Array]:
+        (state, top, age), (k, v) = carry, token
+        out = state.plus(written(v, k + bonus)).average
+        is_top = k > top + (age + 1) * log_decay
+        top, age = jnp.where(is_top, k, top), jnp.where(is_top, 0, age + 1)
+        return (state.plus(written(v, k), log_decay), top, age), out
 
-    return recurrence(step, initial_state, (k, v), segment_ids, fresh=nothing(initial_state))
+    start = (initial_state, first, jnp.zeros_like(first))
+    fresh = (nothing(initial_state), jnp.full_like(first, NOTHING), start[2])
+    out, (last, top, age) = recurrence(step, start, (k, v), segment_ids, fresh=fresh)
+    return out, last, top + age * log_decay
 
 
 def by_diagonal_scan(
@@ -184,8 +192,9 @@ def by_diagonal_scan(
     log_decay: Float[Array, "..."],
     bonus: Float[Array, "..."],
     initial_state: RWKV4Memory,
+    first: Float[Array, "B ..."],
     segment_ids: SegmentIds | None,
-) -> tuple[Float[Array, "B T ..."], RWKV4Memory]:
+) -> tuple[Float[Array, "B T ..."], RWKV4Memory, Float[Array, "B ..."]]:
     """With the largest exponents m_t of all tokens, both sums are one diagonal recurrence of exponents <= 0:
 
     [a | b]_t = e^{m_{t-1} + g - m_t} [a | b]_{t-1} + e^{k_t - m_t} [v_t | 1]
@@ -195,21 +204,22 @@ def by_diagonal_scan(
     over = lambda x: x.reshape(*x.shape, *(1,) * (k.ndim - 2))  # noqa: E731
     real, begins = over(ids >= 0), over(document_starts(ids))
 
-    first, constant = initial_state.maximum, jax.lax.stop_gradient
-    m = largest(constant(k), constant(log_decay), first, real, begins)
-    before = jnp.where(begins, NOTHING, jnp.concatenate([first[:, None], m[:, :-1]], 1))
-    start = jnp.stack([initial_state.numerator, initial_state.denominator], -1)
+    constant = jax.lax.stop_gradient
+    m = largest(constant(k), constant(log_decay), initial_state.maximum, real, begins)
+    before = jnp.where(begins, NOTHING, jnp.concatenate([initial_state.maximum[:, None], m[:, :-1]], 1))
+    entering = jnp.stack([initial_state.numerator, initial_state.denominator], -1)
     # In this order: the maxima are near, their difference exact, and no rounding adds up over the tokens.
     decay = jnp.where(begins, NOTHING, jnp.where(real, (before - m) + log_decay, 0))
     weight = jnp.where(real, jnp.exp(jnp.where(real, k - m, 0)), 0)
     sums, last = scan(
         weight[..., None] * jnp.stack([v, jnp.ones_like(v)], -1),
         jnp.broadcast_to(decay[..., None], (*k.shape, 2)),
-        start,
+        entering,
     )
-    found = jnp.where(begins[..., None], 0, jnp.concatenate([start[:, None], sums[:, :-1]], 1))
+    found = jnp.where(begins[..., None], 0, jnp.concatenate([entering[:, None], sums[:, :-1]], 1))
     out = RWKV4Memory(found[..., 0], found[..., 1], before).plus(written(v, k + bonus)).average
-    return real_tokens(out, segment_ids), RWKV4Memory(last[..., 0], last[..., 1], m[:, -1])
+    memory = RWKV4Memory(last[..., 0], last[..., 1], m[:, -1])
+    return real_tokens(out, segment_ids), memory, leaving(k, log_decay, first, segment_ids)
 
 
 def largest(

@@ -75,6 +75,15 @@ def test_a_denominator_of_0_is_no_memory(form, key):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((out, gradient)))
 
 
+@pytest.mark.slow
+def test_recurrent_keeps_no_memory_per_token():
+    """Less than the three numbers a channel of it has; 3.7 times as much where nothing is computed anew."""
+    k, g = np.zeros((1, 1024, 64), np.float32), np.zeros(64, np.float32)
+    gradient = jax.grad(lambda k, v, g, u: rwkv4(k, v, g, u, form="recurrent")[0].sum(), argnums=(0, 1, 2, 3))
+    memory = jit(gradient).lower(k, k, g, g).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * k.nbytes
+
+
 @pytest.mark.parametrize("field", RWKV4Memory._fields)
 @pytest.mark.parametrize("change", [lambda x: x[:, 1:], lambda x: x[None], lambda x: x.astype(np.int32)])
 def test_bad_state(field, change):

@@ -68,6 +68,7 @@ RECORDS = [
         read=("k", "v"),
         fresh=_fresh,
         forms=FORMS,
+        output_is_state=True,  # of its size: what is kept of tokens has a check of its own, in test_rwkv4.py
         bad={
             "integer k": ("k", lambda x: x.astype(np.int32)),
             "k without channels": ("k", lambda x: x[:, :, 0, 0]),
