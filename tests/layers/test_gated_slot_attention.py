@@ -53,7 +53,7 @@ def test_groups_are_repeated_heads():
     weights = dict(parameters_of(module))
     for name, size in (("k", module.key_dim), ("v", module.value_dim), ("f", module.slots)):
         weights[f"{name}_proj.kernel"] = wide(weights[f"{name}_proj.kernel"], size)
-    options = {"heads": 4, "slots": 5, "gate_temperature": 2.0, "norm_eps": 0.1, "expand_k": 0.5, "expand_v": 2.0}
+    options = {"heads": 4, "slots": 5, "gate_temperature": 2.0, "norm_eps": 0.1, "expand_k": 2.0, "expand_v": 0.5}
     full = load(lambda: GatedSlotAttention(DIM, **options, rngs=nnx.Rngs(0)), weights)
     x = inputs(3)
     want, got = step(full, x, full.init_state(2, 3)), step(module, x, module.init_state(2, 3))
