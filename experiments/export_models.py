@@ -4,7 +4,7 @@
 
 The tests' fixtures are read by `load`; presets are made from nothing by `from_config`, at the sizes below and with all
 else as published. Every trained parameter x becomes x (1 + 0.01 n) + 0.02 n' with normal n, n', so that nothing is what
-was read, no norm is 1 and no bias 0; but for HGRN's lower bounds, of which each block has a copy and the file one.
+was read, no norm is 1 and no bias 0.
 Written are OUTPUT/<name>/config.json and model.safetensors, and OUTPUT/<name>.npz: tokens and float32 logits of one
 full pass over two rows of 37.
 """

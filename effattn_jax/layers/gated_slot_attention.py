@@ -9,6 +9,7 @@ from flax import nnx
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation
 from effattn_jax.layers.documents import forget_other_documents, new_document, no_document
+from effattn_jax.layers.expansion import head_dim
 from effattn_jax.layers.projection import Projection
 from effattn_jax.layers.rms_norm import RMSNorm
 from effattn_jax.linear import SlotState, gated_slot_attention
@@ -60,15 +61,13 @@ class GatedSlotAttention(nnx.Module):
         if heads < 1:
             checks.fail("heads", heads, "at least 1")
         checks.check_head_groups("kv_heads", kv_heads, "the queries", heads)
-        for name, factor in (("expand_k", expand_k), ("expand_v", expand_v)):
-            if factor <= 0 or not (dim * factor / heads).is_integer():
-                checks.fail(name, factor, f"a factor that makes dim = {dim} channels of {heads} equal heads")
+        self.key_dim = head_dim("expand_k", expand_k, dim, heads)
+        self.value_dim = head_dim("expand_v", expand_v, dim, heads)
         if slots < 1:
             checks.fail("slots", slots, "at least 1")
         if gate_temperature <= 0:
             checks.fail("gate_temperature", gate_temperature, "a number above 0")
         self.heads, self.kv_heads, self.slots = heads, kv_heads, slots
-        self.key_dim, self.value_dim = int(dim * expand_k / heads), int(dim * expand_v / heads)
         self.gate_temperature = gate_temperature
         self.dtype, self.implementation = dtype, implementation
 
