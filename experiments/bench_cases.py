@@ -24,6 +24,11 @@ RECURRENCE = {"form": "recurrent", "implementation": "xla"}
 DENSE = {"implementation": "dense"}
 
 
+class Example(NamedTuple):
+    prepare: Callable[[Arrays], Arrays]  # of the inputs, not timed
+    call: Callable[[Arrays], jax.Array]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
     call: Callable[..., Any]  # (**inputs, implementation) -> out, or out and the final state
@@ -39,6 +44,7 @@ class Op:
     baselines: tuple[str, ...] = ("xla",)
     triton: bool = False
     peers: tuple[str, ...] = ()  # names in peers_h200.json, the best first
+    examples: Mapping[str, Example] = dataclasses.field(default_factory=dict)  # kernels of others, forward alone
 
 
 def qkv(batch: int, length: int, heads: int, dim: int, gate: float = 0.0) -> Arrays:
@@ -110,6 +116,20 @@ def hard_masks(op: Op, dim: int) -> Hard:
     yield options | {"segment_ids": ids}, {"sinks, documents": inputs | {"sinks": jnp.asarray([-2.0, 0.0, 1.0, 5.0])}}
 
 
+def halves(inputs: Arrays) -> Arrays:
+    """In float16, which JAX's example takes, with queries scaled, which it does not."""
+    scaled = inputs | {"q": inputs["q"].astype(jnp.float32) * inputs["q"].shape[-1] ** -0.5}
+    return {name: x.astype(jnp.float16) for name, x in scaled.items()}
+
+
+def jax_example(inputs: Arrays) -> jax.Array:
+    """Causal attention by the example for Mosaic GPU that comes with JAX, at its best sizes."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
+    return attention_mgpu.attention(*(inputs[name] for name in "qkv"), config)
+
+
 SCALAR = Op(linear.scalar_decay, per_token, chunked(64), hard_gates, RECURRENCE, triton=True, peers=("fla.simple_gla",))
 VECTOR = Op(linear.vector_decay, per_channel, chunked(64), hard_gates, RECURRENCE, peers=("fla.gla",))
 SOFTMAX = Op(
@@ -122,6 +142,7 @@ SOFTMAX = Op(
     with_backward=3.5,
     baselines=("xla", "cudnn"),
     peers=("jax.cudnn_attention(causal)", "sdpa.cudnn"),
+    examples={"jax_example": Example(halves, jax_example)},
 )
 OPERATIONS = {
     "scalar_decay, gate per token": SCALAR,
@@ -134,7 +155,11 @@ OPERATIONS = {
     ),
     "attention, causal": SOFTMAX,
     f"attention, window {WINDOW}": dataclasses.replace(
-        SOFTMAX, options={"window": WINDOW}, products=softmax(WINDOW), peers=(f"jax.cudnn_attention(window={WINDOW})",)
+        SOFTMAX,
+        options={"window": WINDOW},
+        products=softmax(WINDOW),
+        peers=(f"jax.cudnn_attention(window={WINDOW})",),
+        examples={},
     ),
     **{
         f"step, {name}": dataclasses.replace(
@@ -216,6 +241,21 @@ def errors(op: Op, implementation: str, dim: int) -> dict[str, float]:
                     raise ValueError(f"{label}, {kind}: error {found:.1e}; limit {LIMITS[kind]}")
                 worst[kind] = max(worst.get(kind, 0.0), found)
     return worst
+
+
+@functools.cache
+def error_of_example(op: Op, name: str, dim: int) -> dict[str, float]:
+    """Of its output, for two rows of 1024 tokens.
+
+    Raises:
+      ValueError: above the limit.
+    """
+    inputs, example = op.inputs(2, 1024, 4, dim, 0.0), op.examples[name]
+    want = forward(op, **op.oracle)({name: x.astype(jnp.float32) for name, x in inputs.items()})
+    found = ratio(want, jax.jit(example.call)(example.prepare(inputs)))
+    if not found <= LIMITS["out"]:
+        raise ValueError(f"out: error {found:.1e}; limit {LIMITS['out']}")
+    return {"out": found}
 
 
 def results_by_kind(op: Op, want: Any, got: Any) -> Iterator[tuple[str, jax.Array, jax.Array]]:

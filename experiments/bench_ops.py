@@ -4,8 +4,9 @@
         [--shape=4,8192,16,128 ...] [--minutes=8] [--output=DIR]
 
 The cases are in `bench_cases.py`. A shape is B,T,H,D; one with T = 1 is for the steps of decoding, any other for the
-rest. The kernels of Mosaic GPU come first, then what `--baseline` (XLA and, for attention, cuDNN) adds, then
-`--triton`. Attention of 65,536 tokens and more, which XLA takes seconds for, is left out where no shape is named.
+rest. The kernels of Mosaic GPU come first, then what `--baseline` adds (XLA; for attention cuDNN too and, forward and
+in float16, the example for Mosaic GPU that comes with JAX), then `--triton`. Attention of 65,536 tokens and more, which
+XLA takes seconds for, is left out where no shape is named.
 
 Milliseconds are the median of loops whose every pass depends on the one before; steps carry their state. The spread is
 the range over the median. First calls are seconds of tracing, compiling and one pass. TB/s counts each input and output
@@ -39,7 +40,17 @@ from matplotlib.figure import Figure
 
 from effattn_jax.training.hardware import memory_bandwidth, peak_flops
 from experiments import bench_peers
-from experiments.bench_cases import OPERATIONS, Op, Work, errors, forward, gradients, with_cotangent, work
+from experiments.bench_cases import (
+    OPERATIONS,
+    Op,
+    Work,
+    error_of_example,
+    errors,
+    forward,
+    gradients,
+    with_cotangent,
+    work,
+)
 from experiments.report import write_report
 from experiments.timing import Time, only_on_a_gpu, timed
 
@@ -75,14 +86,18 @@ def cases() -> list[tuple[str, Shape, str]]:
                 print(f"left out: {name} at {text}, too slow for XLA; --shape={text} asks for it")
                 continue
             found[0].append((name, shape, "mosaic_gpu"))
-            found[1] += [(name, shape, baseline) for baseline in op.baselines if BASELINE.value]
+            found[1] += [(name, shape, baseline) for baseline in (*op.baselines, *op.examples) if BASELINE.value]
             found[2] += [(name, shape, "triton")] if TRITON.value and op.triton else []
     return [case for group in found for case in group]
 
 
 @functools.cache
 def times(op: Op, shape: Shape, implementation: str) -> dict[str, Time]:
-    inputs, call = op.inputs(*shape, GATE), forward(op, implementation=implementation)
+    inputs = op.inputs(*shape, GATE)
+    if implementation in op.examples:
+        example = op.examples[implementation]
+        return {"forward": timed(example.call, example.prepare(inputs))}
+    call = forward(op, implementation=implementation)
     if op.carried:
         return {"forward": timed(call, inputs, carried=op.carried)}
     found = {"forward": timed(call, inputs)}
@@ -114,13 +129,17 @@ def floor(done: Work, device: Any) -> float | None:
 
 def measured(name: str, shape: Shape, implementation: str) -> dict[str, Any]:
     op, device = OPERATIONS[name], jax.devices()[0]
-    ours = implementation in ("mosaic_gpu", "triton")
+    found = None
+    if implementation in ("mosaic_gpu", "triton"):
+        found = errors(op, implementation, shape[3])
+    elif implementation in op.examples:
+        found = error_of_example(op, implementation, shape[3])
     row: dict[str, Any] = {
         "op": name,
         "shape": ",".join(map(str, shape)),
         "implementation": implementation,
         "device": device.device_kind,
-        "errors": errors(op, implementation, shape[3]) if ours else None,
+        "errors": found,
     }
     done = work(op, jax.eval_shape(lambda: op.inputs(*shape, GATE)))
     for part, taken in times(op, shape, implementation).items():

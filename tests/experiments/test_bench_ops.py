@@ -1,8 +1,10 @@
 """The cases of bench_ops on a CPU: each runs, and what it counts is what a hand counts. Nothing is timed."""
 
+import dataclasses
 import json
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,7 +12,9 @@ import pytest
 from experiments import bench_ops, bench_peers, sanitize_kernels
 from experiments.bench_cases import (
     OPERATIONS,
+    Example,
     Work,
+    error_of_example,
     errors,
     forward,
     gradients,
@@ -96,6 +100,22 @@ def test_hard_inputs_have_small_errors(name):
     assert found.keys() == ({"out", "state"} if "step" in name else {"out", "gradients", "gates"})
 
 
+def test_what_an_example_gives_is_checked():
+    op = OPERATIONS["attention, causal"]
+    prepare = op.examples["jax_example"].prepare
+    inputs = prepare(inputs_of(op))
+    chex.assert_type(list(inputs.values()), jnp.float16)
+    call = lambda x: forward(op, implementation="xla", scale=1.0)(x).astype(jnp.float32)  # noqa: E731
+    for scale, error in ((1.0, None), (1.1, "out: error .*; limit 0.005")):
+        example = Example(prepare, lambda x, scale=scale: scale * call(x))
+        wrong = dataclasses.replace(op, examples={"a": example})
+        if error is None:
+            assert error_of_example(wrong, "a", 16)["out"] < 5e-3
+            continue
+        with pytest.raises(ValueError, match=error):
+            error_of_example(wrong, "a", 16)
+
+
 def test_an_error_above_its_limit_is_told(monkeypatch):
     monkeypatch.setattr("experiments.bench_cases.LIMITS", {"out": 0.0, "state": 0.0})
     with pytest.raises(ValueError, match=r"gate 6\.0, out: error .*; limit 0\.0"):
@@ -125,6 +145,8 @@ def test_cases_of_a_command_line(capsys):
     assert ("attention, causal", (1, 65536, 16, 128), "mosaic_gpu") not in cases()
     assert "left out: attention, causal at 1,65536,16,128, too slow for XLA" in capsys.readouterr().out
     assert len(cases(long, "--op=attention, causal")) == 1
+    others = [implementation for *_, implementation in cases(long, "--op=attention, causal", "--baseline")[1:]]
+    assert others == ["xla", "cudnn", "jax_example"]
     assert cases(long, "--op=step") == []
 
 
@@ -160,6 +182,7 @@ def test_a_failure_does_not_end_the_run(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(bench_ops, "only_on_a_gpu", lambda script: None)
     monkeypatch.setattr(bench_ops, "errors", lambda *case: {"out": 1e-3})
+    monkeypatch.setattr(bench_ops, "error_of_example", lambda *case: {"out": 2e-3})
     monkeypatch.setattr(bench_ops, "times", times)
     output = f"--output={tmp_path}"
     monkeypatch.setattr(
@@ -170,9 +193,9 @@ def test_a_failure_does_not_end_the_run(monkeypatch, tmp_path, capsys):
     [failure] = table["failures"]
     assert failure == "FAILED attention, causal, 1,8,2,4, cudnn: NotImplementedError: no cuDNN here"
     assert failure in capsys.readouterr().out
-    assert [row["implementation"] for row in table["rows"]] == ["mosaic_gpu", "xla"]
+    assert [row["implementation"] for row in table["rows"]] == ["mosaic_gpu", "xla", "jax_example"]
     assert table["rows"][0]["forward_backward_ms"] == 2.0
-    assert table["rows"][0]["errors"] == {"out": 1e-3}
+    assert [row["errors"] for row in table["rows"]] == [{"out": 1e-3}, None, {"out": 2e-3}]
     assert {"device", "jax", "command"} <= table.keys()
     assert {"device", "peer_source", "forward_TBps"} <= table["rows"][0].keys()
 
