@@ -1,5 +1,6 @@
 """Presets: as many parameters as their authors' files have."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from effattn_jax.pretrained import from_config
 from effattn_jax.pretrained.description import describe_config
 from effattn_jax.pretrained.presets import names, preset
 from effattn_jax.pretrained.rules import rules
+from tests.pretrained.fixture import FOLDER
 
 EXACT = {
     "falcon-mamba-7b": 7_272_665_088,
@@ -103,3 +105,15 @@ def test_layers_of_hybrids():
 def test_a_name_that_is_not_there():
     with pytest.raises(ValueError, match="preset: got 'gpt-5'; needs one of delta_net-340m, falcon-mamba-7b, "):
         preset("gpt-5")
+
+
+def test_presets_name_the_class_that_opens_them():
+    """As the fixtures of their model type do: what runs models by that name asks for it."""
+    classes = {}
+    for path in FOLDER.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        classes |= {config.get("model_type"): config.get("architectures")}
+    typed = [config for config in map(preset, names()) if "model_type" in config]
+    known = [config for config in typed if config["model_type"] in classes]
+    assert {config["model_type"] for config in typed} - set(classes) == {"minimax_text_01"}
+    assert [config["architectures"] for config in known] == [classes[config["model_type"]] for config in known]
