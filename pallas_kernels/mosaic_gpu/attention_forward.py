@@ -161,6 +161,8 @@ def forward(
                         pair = ids, theirs
                     visible = mask(masked, (ROWS, tile), first, tile_of(t) * tile, tile, pair)
                     s = s if visible is None else jnp.where(visible, s, -jnp.inf)
+                    if ids is not None:
+                        plgpu.commit_smem()  # ends the loads of ids, which ptxas may else move below
                 plgpu.barrier_arrive(k_free.at[slot_of(t)])
                 new_top = jnp.maximum(top, jnp.max(s, axis=1) * rate)
                 weights = jnp.exp2(s * rate - column(new_top, s.shape))

@@ -40,8 +40,8 @@ def last_state(
 
         def body(_: Any, k_s: Any, v_s: Any, f_s: Any, state: jax.Array) -> jax.Array:
             w = plgpu.load(f_s.at[0], layout=WGMMA.reduce(1), optimized=False)
-            values = plgpu.load(v_s, layout=WGMMA, optimized=False).astype(jnp.float32)
-            plgpu.commit_smem()  # all warps are done with the product of the chunk before
+            values, keep = plgpu.load(v_s, layout=WGMMA, optimized=False).astype(jnp.float32), f_s[1, 0]
+            plgpu.commit_smem()  # all warps are done with the product of the chunk before, and with these loads
             written[...] = (values * lax.broadcast_in_dim(w, values.shape, [0])).astype(dtype)
             plgpu.commit_smem()
 
@@ -50,7 +50,7 @@ def last_state(
                 return acc[...]
 
             change = pl.run_scoped(write, plgpu.ACC((key_dim, COLUMNS), jnp.float32))
-            return state * f_s[1, 0] + change
+            return state * keep + change
 
         step: Any = body
         plgpu.emit_pipeline_warp_specialized(

@@ -128,6 +128,8 @@ def memory_scan(
                 plgpu.wait_smem_to_gmem(0 if reads_ref is None else 1, wait_read_only=True)
             if is_copied:
                 put_state(tuple(after))
+            else:
+                plgpu.commit_smem()  # ends the loads, as `put_state` does: ptxas may else move them below the release
             return tuple(after)
 
         tile = lambda columns, place: plgpu.BlockSpec((CHUNK, columns), place)  # noqa: E731

@@ -222,6 +222,7 @@ def scan(
                     if others_ref is not None:
                         plgpu.barrier_wait(others_loaded)
                         overlap = jnp.sum(state * load(others_s), axis=1)
+                        plgpu.commit_smem()  # ends the loads, which ptxas else moves below, past the next copy
                         plgpu.barrier_arrive(others_released)
                         overlap_ref[part, row, head, chunk] = overlap
                     return before[...], inside[...], change[...]
@@ -239,9 +240,9 @@ def scan(
                 if x_ref is not None:
                     factor = load(x_s.at[slot])
                     dots = [jnp.sum(inside * factor, axis=1), jnp.sum(before * factor, axis=1)]
-                plgpu.barrier_arrive(released.at[slot])
-                # the copies before have read what is overwritten, and all warps are done with the products
+                # the copies before have read what is overwritten, and all warps are done with products and loads
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(released.at[slot])
                 state_s[...] = state.astype(dtype)
                 out_s[...] = (inside + before).astype(dtype)
                 plgpu.commit_smem()
