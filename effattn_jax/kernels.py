@@ -7,6 +7,8 @@ import jax
 
 from effattn_jax.dispatch import platform
 
+ROWS = 64  # queries that a warpgroup of the attention kernel has
+
 
 def implementations_here(form: str) -> tuple[str, ...]:
     """What `implementation=None` tries for this form, in this order.
@@ -14,8 +16,18 @@ def implementations_here(form: str) -> tuple[str, ...]:
     Kernels that never ran on their chip are not among them; nor are any where XLA would have to partition the call,
     which it cannot: on several devices outside of `shard_map`; nor the step of one token, which XLA makes as fast.
     """
-    alone = jax.device_count() == 1 or _is_manual()
-    return ("mosaic_gpu", "xla") if form == "chunkwise" and platform() == "gpu" and alone else ("xla",)
+    return ("mosaic_gpu", "xla") if form == "chunkwise" and platform() == "gpu" and _is_alone() else ("xla",)
+
+
+def attention_here(length: int) -> tuple[str, ...]:
+    """The same for softmax attention of so many queries: our kernel takes what cuDNN refuses (sinks, documents, a cap,
+    a log-sum-exp), but not the few queries of a decoding step, which it would fill up to a tile."""
+    many = length >= ROWS and platform() == "gpu" and _is_alone()
+    return ("cudnn", "mosaic_gpu", "xla") if many else ("cudnn", "xla")
+
+
+def _is_alone() -> bool:
+    return jax.device_count() == 1 or _is_manual()
 
 
 def _is_manual() -> bool:

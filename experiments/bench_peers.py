@@ -69,6 +69,8 @@ def milliseconds(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 def passes(name: str, shape: tuple[int, ...]) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The calls: forward, and forward with the backward pass for all inputs."""
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # read when a kernel is defined, on import
+    if os.environ.get("TRITON_CACHE_DIR") == "":  # jax_triton's doing, with which Triton finds no place at all
+        del os.environ["TRITON_CACHE_DIR"]
     import torch
 
     if name not in NAMES:

@@ -100,8 +100,8 @@ def row(block_size: int, group: int) -> dict[str, Any]:
         raise SystemExit(f"blocks of {block_size}, groups of {group}: error {worst:.1e}; needs at most {TOLERANCE}")
     indices = lists(length, count, block_size, groups)
     inputs = arrays(length, heads, groups, dim) | {"indices": jnp.asarray(indices)}
-    forward = timed(lambda inputs: attend(inputs, block_size), inputs)
-    both = timed(lambda inputs: gradients(inputs, block_size), inputs)
+    forward = timed(lambda inputs: attend(inputs, block_size), inputs, repetitions=3)
+    both = timed(lambda inputs: gradients(inputs, block_size), inputs, repetitions=3)
     read = int((indices >= 0).sum()) * block_size  # by lists, keys after the query in its own block among them
     return {
         "block_size": block_size,

@@ -9,7 +9,8 @@ Double Sparsity, H2O, SnapKV, ClusterKV, RetroInfer and StreamingLLM. Quality is
 part of the needles that is found; the share of the keys that was read is counted, not the budget. Dense reading is the
 ceiling, as many keys at random the floor.
 
-The small size takes two CPU cores the better part of an hour; `--full` is for an accelerator and has not been run.
+The small size takes two CPU cores an hour and more, most of it training; `--full` is for an accelerator and has not
+been run.
 
 The parameters stay in --workdir, and the same command evaluates them again. `configs/sparse_quality.py` has all sizes.
 Writes sparse_quality.json and sparse_quality.png to --output.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.kernels import attention_here
 from effattn_jax.sparse.arguments import check_numbers, check_qkv, check_sinks, check_window
 from effattn_jax.sparse.cudnn import cudnn
 from effattn_jax.sparse.dense import dense
@@ -28,7 +29,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array | None]]] = {
     "xla": flash,
     "dense": dense,
 }
-DEFAULT = ("cudnn", "xla")
 
 
 @overload
@@ -101,9 +101,10 @@ def attention(
       logits_soft_cap: c, s <- c tanh(s / c) after the scale and before the mask. None is no cap.
       implementation: where it runs, see `effattn_jax.dispatch`. "cudnn" (NVIDIA GPUs, 16-bit floats, no sinks, cap,
         documents or log-sum-exp), "mosaic_gpu" (our kernels for Hopper GPUs, 16-bit floats, up to 256 channels a head;
-        interpreted on a CPU, and by name only), "mosaic_tpu" (JAX's Splash kernels, without log-sum-exp; interpreted
+        interpreted on a CPU where it is named), "mosaic_tpu" (JAX's Splash kernels, without log-sum-exp; interpreted
         on a CPU, and by name only until it has run on a TPU), "xla" (memory linear in T, cost linear in the window),
-        "dense" (quadratic oracle).
+        "dense" (quadratic oracle). None takes the first that supports the call of "cudnn", "mosaic_gpu" (for 64 queries
+        and more on one GPU, or inside shard_map(check_vma=False)) and "xla".
       return_lse: return the logarithm of the denominator too.
 
     Returns:
@@ -168,7 +169,7 @@ def attend(
         "attention",
         IMPLEMENTATIONS,
         implementation,
-        DEFAULT,
+        attention_here(length),
         q,
         k,
         v,

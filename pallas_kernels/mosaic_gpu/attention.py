@@ -26,6 +26,21 @@ On an H200, all in one run:
                   one by one                    7.392                         2.210
                   overlap                       7.305                         2.176
                   cuDNN                         7.487                         2.492
+
+At B4 T8192 H32 K = V = 64 exponentials take as long as products: 128 x 128 pairs are 1024 cycles of exponentials and
+982 of products, so that a third warpgroup has something to fill in. On an H100:
+
+    forward       2 warpgroups, overlap         2.90, 2.86      one by one    2.67
+                  3 warpgroups, overlap         2.51                          2.59
+                  the same, 3 stages            2.48
+                  the same, 64 keys, 4 stages   2.77                          3.11
+                  cuDNN                         2.58
+    with 2 warpgroups forward, and backward
+                  64 queries, 2 or 3 stages     9.89            dS from shared memory 10.24
+                  128 queries, 2 stages         9.36            dS from shared memory  9.49
+                  128 queries, 1 stage          12.82
+                  as it is                      9.06
+                  cuDNN                         9.36
 """
 
 import functools
@@ -35,17 +50,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu.attention_backward import BackwardTiles, backward
-from pallas_kernels.mosaic_gpu.attention_forward import BLOCK, LOG2E, Tiles, forward
+from pallas_kernels.mosaic_gpu.attention_forward import LOG2E, Tiles, forward
 from pallas_kernels.mosaic_gpu.attention_mask import Band, band
 from pallas_kernels.mosaic_gpu.rows import fold_rows
 
 # Sizes by head dimension; smaller ones are filled up with zeros.
 TILES = {
-    64: (Tiles(keys=128), BackwardTiles(queries=64)),
+    64: (Tiles(keys=128, warpgroups=3), BackwardTiles(queries=128)),
     128: (Tiles(keys=128), BackwardTiles(queries=64)),
     256: (Tiles(keys=64), BackwardTiles(queries=64, stages=1, warpgroups=1, parts=2)),
 }
-KEYS = 128  # keys come in such blocks
+BLOCK = 128  # queries and keys are filled up to a multiple of it
 
 
 class Call(NamedTuple):
@@ -102,7 +117,7 @@ def attention(
         raise NotImplementedError(f"scale {scale}; needs a positive number")
     if not isinstance(offset, int) or offset < 0:
         raise NotImplementedError(f"offset {offset}; needs a number of at least 0, known at trace time")
-    more, more_keys = -length % BLOCK, -keys % KEYS
+    more, more_keys = -length % BLOCK, -keys % BLOCK
     q = _fill(q, (0, more, 0, dim - q.shape[-1]))
     k, v = (_fill(x, (0, more_keys, 0, dim - x.shape[-1])) for x in (k, v))
     if query_ids is not None and key_ids is not None:

@@ -6,14 +6,15 @@ Floors at B4 T8192 H16 K = V = 128, causal: q, k, v and o once are 0.54 GB, 0.13
 products are 1.1 TFLOP, 1.39 ms at 790 TFLOP/s. So the tensor cores must never wait for the exponentials, of which there
 are half as many cycles.
 
-Schedule. A block of threads has 128 queries of one head; of the keys it visits only the tiles its queries may read.
+Schedule. A block of threads has 128 queries of one head, 192 where D = 64; of the keys it visits only the tiles its
+queries may read.
   memory warpgroup   TMA copies: q once, then k and v tile by tile, `stages` deep, each slot freed by its last product.
-  two warpgroups     64 queries each, everything else in registers: o [64, V], the scores of a tile, the maximum and the
-                     sum per row. The weights go to their product with v as the operand in registers.
+  two warpgroups     or three, 64 queries each, everything else in registers: o [64, V], the scores of a tile, the
+                     maximum and the sum per row. The weights go to their product with v as the operand in registers.
 Both orders of work keep the tensor cores busy with one warpgroup while the other makes exponentials:
   overlap            the scores of tile n are issued together with the weights of tile n - 1 times v; the maximum and
                      the exponentials of tile n run under the second product. The warpgroups issue in turns.
-  otherwise          scores, exponentials, product with v, one after the other; the warpgroups are half a tile apart.
+  otherwise          scores, exponentials, product with v, one after the other; two warpgroups are half a tile apart.
 Keys go from the last tile to the first: what `overlap` does before its loop is for the diagonal, to be masked anyway.
 Masks are made only for tiles on an edge of the band or of a document, and where the window is wide for one bound of it,
 in two instructions a score; 128 queries and a window of 1024 make 9 tiles, 7 of them without a mask. Exponents are to
@@ -39,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu.attention_mask import WGMMA, Band, edges, in_documents, key_tiles, mask
 
 ROWS = 64  # queries of a warpgroup
-BLOCK = 2 * ROWS
+REGISTERS, MEMORY_REGISTERS = {2: 232, 3: 160}, {2: 40, 3: 32}  # a thread, by warpgroups
 LOWEST = -1e30  # a finite maximum of nothing: e^{-inf - m} is 0
 LOG2E = math.log2(math.e)
 
@@ -48,6 +49,7 @@ class Tiles(NamedTuple):
     keys: int  # of a tile
     stages: int = 2  # tiles in flight
     overlap: bool = True  # see above
+    warpgroups: int = 2  # of 64 queries each; 3 leave each thread 160 registers
 
 
 def forward(
@@ -67,20 +69,22 @@ def forward(
     """Out [B, T, H, D] in q's dtype, and log2(e) L [B, H, T] in float32; 0 and -inf in a row that may read no key.
 
     Args:
-      q: [B, T, H, D], k, v: [B, M, G, D]; T is a multiple of 128, M of `tiles.keys`, D of 64.
+      q: [B, T, H, D], k, v: [B, M, G, D]; T is a multiple of 64, M of `tiles.keys`, D of 64.
       sinks: [B, H], float32. query_ids: [B, T], key_ids: [B, M]: documents; other padding on either side.
       interpret: of `pallas_call`; then products take their left side from shared memory, one at a time.
     """
     batch, length, heads, dim = q.shape
-    groups, tile = k.shape[2], tiles.keys
-    blocks, stages, dtype = length // BLOCK, min(tiles.stages, k.shape[1] // tile), q.dtype
+    groups, tile, wgs = k.shape[2], tiles.keys, tiles.warpgroups
+    rows = ROWS * wgs  # queries of a block
+    blocks, stages, dtype = -(-length // rows), min(tiles.stages, k.shape[1] // tile), q.dtype
     rate = LOG2E * (scale if cap is None else cap)
-    below, above = (band, band) if query_ids is not None else edges(band, BLOCK, tile)
+    below, above = (band, band) if query_ids is not None else edges(band, rows, tile)
     spans = None
     if query_ids is not None and key_ids is not None:
-        starts = BLOCK * jnp.arange(blocks, dtype=jnp.int32)
+        starts = rows * jnp.arange(blocks, dtype=jnp.int32)
         cut = lambda ids, size: ids.reshape(batch, -1, size)  # noqa: E731
-        spans = in_documents(key_tiles(band, starts, BLOCK, tile), cut(query_ids, BLOCK), cut(key_ids, tile))
+        filled = jnp.pad(query_ids, ((0, 0), (0, blocks * rows - length)), constant_values=-1)
+        spans = in_documents(key_tiles(band, starts, rows, tile), cut(filled, rows), cut(key_ids, tile))
     column = lambda x, shape: lax.broadcast_in_dim(x, shape, [0])  # noqa: E731
     rows_of = lambda x, value: plgpu.layout_cast(jnp.full(x, value, jnp.float32), WGMMA.reduce(1))  # noqa: E731
 
@@ -110,18 +114,23 @@ def forward(
         row, head, wg = (lax.axis_index(name) for name in ("row", "head", "wg"))
         block = blocks - 1 - lax.axis_index("block")
         if spans_ref is None:
-            low, full_low, full_high, high = key_tiles(band, block * BLOCK, BLOCK, tile)
+            low, full_low, full_high, high = key_tiles(band, block * rows, rows, tile)
         else:
             low, full_low, full_high, high = (spans_ref[row, block, i] for i in range(4))
         count = high - low
         tile_of = lambda t: high - 1 - t  # noqa: E731
         slot_of = lambda t: lax.rem(t, jnp.int32(stages))  # noqa: E731
 
-        @pl.when(wg == 2)
+        # a warpgroup after the last row works on a copy of it and stores nothing
+        within = lambda first: jnp.minimum(first, length - ROWS)  # noqa: E731
+
+        @pl.when(wg == wgs)
         def _load() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(MEMORY_REGISTERS[wgs], action="decrease")
             group = lax.div(head, jnp.int32(heads // groups))
-            plgpu.copy_gmem_to_smem(q_ref.at[row, pl.ds(block * BLOCK, BLOCK), head], q_s, q_ready)
+            for i in range(wgs):
+                some = pl.ds(within(block * rows + i * ROWS), ROWS)
+                plgpu.copy_gmem_to_smem(q_ref.at[row, some, head], q_s.at[pl.ds(i * ROWS, ROWS)], q_ready)
 
             def load(t: jax.Array, _: None) -> None:
                 slot, keys = slot_of(t), pl.ds(tile_of(t) * tile, tile)
@@ -139,11 +148,11 @@ def forward(
             lax.fori_loop(0, count, load, None)
             lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
 
-        @pl.when(wg < 2)
+        @pl.when(wg < wgs)
         def _compute() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            mine, first = pl.ds(wg * ROWS, ROWS), block * BLOCK + wg * ROWS
-            here = (row, pl.ds(first, ROWS))
+            plgpu.set_max_registers(REGISTERS[wgs], action="increase")
+            mine, first = pl.ds(wg * ROWS, ROWS), block * rows + wg * ROWS
+            here = (row, pl.ds(within(first), ROWS))
             ids = None
             if query_ids_ref is not None:
                 ids = plgpu.load(query_ids_ref.at[here], layout=WGMMA.reduce(1), optimized=False)
@@ -196,6 +205,8 @@ def forward(
                 return acc
 
             def meet() -> None:
+                if wgs != 2:
+                    return
                 plgpu.barrier_arrive(turn.at[0])
                 plgpu.barrier_wait(turn.at[0])
 
@@ -229,7 +240,7 @@ def forward(
                         plgpu.wgmma(s_ref, q_s.at[mine], k_s.at[slot_of(t)].T)
                         plgpu.barrier_wait(v_ready.at[slot_of(before)])
                         plgpu.wgmma(acc_ref, weights, v_s.at[slot_of(before)])
-                        plgpu.barrier_arrive(turn.at[1 - wg])
+                        plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, jnp.int32(wgs))])
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                         for ref, x in zip(state, softmax(s, t, top, total, masked), strict=True):
                             ref[...] = x
@@ -260,7 +271,7 @@ def forward(
                 carry, step, start = (acc, weights.astype(dtype), top, total), overlapped, 1
                 if not interpret:
                     await_keys(1)
-                    pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+                    pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             else:
                 pl.when(wg == 1)(meet)
             begin = jnp.maximum(high - full_high, start)
@@ -283,24 +294,28 @@ def forward(
             inverse = jnp.where(total > 0, 1 / total, 0)
             q_s[mine, :] = (acc * column(inverse, acc.shape)).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_s.at[mine], out_ref.at[(*here, head)])
-            lse_ref[row, head, pl.ds(first, ROWS)] = jnp.where(total > 0, top + jnp.log2(total), -jnp.inf)
+
+            def store() -> None:
+                plgpu.copy_smem_to_gmem(q_s.at[mine], out_ref.at[(*here, head)])
+                lse_ref[row, head, here[1]] = jnp.where(total > 0, top + jnp.log2(total), -jnp.inf)
+
+            store() if length % rows == 0 else pl.when(first < length)(store)
             plgpu.wait_smem_to_gmem(0)
 
     smem = lambda *size: plgpu.SMEM(size, dtype)  # noqa: E731
     barriers = lambda arrivals, number=stages: plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)  # noqa: E731
     scratch: Any = {
-        "q_s": smem(BLOCK, dim),
+        "q_s": smem(rows, dim),
         "k_s": smem(stages, tile, dim),
         "v_s": smem(stages, tile, dim),
         "ids_s": None if spans is None else plgpu.SMEM((stages, tile), jnp.int32),
-        "weights_s": smem(BLOCK, tile) if interpret else None,
-        "q_ready": plgpu.Barrier(),
+        "weights_s": smem(rows, tile) if interpret else None,
+        "q_ready": plgpu.Barrier(num_arrivals=wgs),
         "k_ready": barriers(1 if spans is None else 2),
         "v_ready": barriers(1),
-        "k_free": barriers(2),
-        "v_free": barriers(2),
-        "turn": barriers(1, 2) if tiles.overlap else barriers(2, 1),
+        "k_free": barriers(wgs),
+        "v_free": barriers(wgs),
+        "turn": barriers(1, wgs) if tiles.overlap else barriers(2, 1),
     }
     return plgpu.kernel(
         attention_forward,
@@ -310,7 +325,7 @@ def forward(
         ),
         grid=(batch, blocks, heads),
         grid_names=("row", "block", "head"),
-        num_threads=3,
+        num_threads=wgs + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),

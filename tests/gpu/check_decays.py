@@ -21,6 +21,8 @@ CASES = {
     "scalar_decay, 256, documents": {"key_dim": 256, "value_dim": 256, "documents": True},
     "scalar_decay, parts": {"length": 2000, "rows": 1},
     "scalar_decay, parts, documents": {"length": 2000, "rows": 1, "documents": True},
+    # one wave of blocks, a few chunks each: loads that outlive their slot showed here, in most runs of three
+    **{f"scalar_decay, many rows, run {i}": {"key_dim": 64, "length": 256, "rows": 33, "gate": 6} for i in (1, 2, 3)},
     "vector_decay": {},
     "vector_decay, documents": {"documents": True},
     "vector_decay, 256": {"key_dim": 256, "value_dim": 256},
@@ -32,14 +34,16 @@ CASES = {
 GATES = ("log_decay", "bonus")
 
 
-def inputs(name, length=300, rows=2, key_dim=128, value_dim=64, documents=False, bonus=False):
+def inputs(name, length=300, rows=2, key_dim=128, value_dim=64, documents=False, bonus=False, gate=3):
     """Arrays by name, documents, and cotangents of the output and of the state."""
     rng = np.random.default_rng(0)
     randn = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     heads = 4
     arrays = {x: randn(rows, length, 2, key_dim).astype(jnp.bfloat16) for x in "qk"}
     arrays["v"] = randn(rows, length, heads, value_dim).astype(jnp.bfloat16)
-    arrays["log_decay"] = jax.nn.log_sigmoid(3 + randn(rows, length, heads, *([key_dim] if "vector" in name else [])))
+    arrays["log_decay"] = jax.nn.log_sigmoid(
+        gate + randn(rows, length, heads, *([key_dim] if "vector" in name else []))
+    )
     arrays["initial_state"] = randn(rows, heads, key_dim, value_dim)
     if bonus:
         arrays["bonus"] = randn(heads, key_dim)

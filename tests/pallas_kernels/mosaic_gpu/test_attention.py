@@ -1,6 +1,7 @@
 """The Hopper kernels of softmax attention, interpreted on a CPU and lowered for CUDA, against the dense form."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.export import DisabledSafetyCheck, export
 
+from effattn_jax import kernels
 from effattn_jax.sparse import attention
 from pallas_kernels.mosaic_gpu.attention import TILES
 from pallas_kernels.mosaic_gpu.attention import attention as kernel
@@ -144,6 +146,7 @@ def test_documents_and_a_past():
         (Tiles(64, overlap=False), BackwardTiles(128)),
         (Tiles(128, stages=3), BackwardTiles(64, stages=1, warpgroups=1)),
         (Tiles(64, stages=1), BackwardTiles(64, warpgroups=1, parts=2)),
+        (Tiles(64, overlap=False, warpgroups=3), BackwardTiles(64)),
     ],
 )
 def test_other_tiles(tiles):
@@ -172,6 +175,30 @@ def test_by_name_on_a_cpu_it_is_interpreted_and_none_never_takes_it():
     direct = kernel(q, k, v, offset=0, causal=True, scale=64**-0.5, interpret=INTERPRET)
     jax.tree.map(np.testing.assert_array_equal, named, direct)
     assert "custom_vmap" not in str(jax.make_jaxpr(lambda: attention(q, k, v))())
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "length", "order"),
+    [
+        ("gpu", 1, 64, ("cudnn", "mosaic_gpu", "xla")),
+        ("gpu", 1, 63, ("cudnn", "xla")),
+        ("gpu", 2, 64, ("cudnn", "xla")),
+        ("tpu", 1, 64, ("cudnn", "xla")),
+    ],
+)
+def test_what_none_tries(platform, devices, length, order, monkeypatch):
+    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert kernels.attention_here(length) == order
+
+
+def test_none_takes_ours_for_what_cudnn_refuses(monkeypatch):
+    """The order is that of one GPU; the kernel itself, which sees a CPU, is interpreted."""
+    module = sys.modules["effattn_jax.sparse.attention"]  # the package's attribute is the function
+    monkeypatch.setattr(module, "attention_here", lambda length: ("cudnn", "mosaic_gpu", "xla"))
+    (q, k, v, z), _, _ = draw(64, heads=1, sinks=True)
+    named = attention(q, k, v, sinks=z, implementation="mosaic_gpu")
+    np.testing.assert_array_equal(attention(q, k, v, sinks=z), named)
 
 
 @pytest.mark.parametrize(
