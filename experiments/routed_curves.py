@@ -7,8 +7,8 @@ Same seed, same model but for the mixer: `configs/routed_small.py` or, with --fu
 in <output>/<mechanism>, and goes on from its checkpoint if the command is given again. After each of them
 routed_curves.json and routed_curves.png in --output have what there is.
 
---lists=gathered is `block_attention` as it is. --lists=dense makes all logits of a row under the mask of the lists
-(`experiments/dense_lists.py`), in fewer and larger steps: with --full it is the default.
+--lists=gathered is `block_attention` as it is. --lists=dense makes all products of a row under the mask of the lists
+(its implementation "dense"), in fewer and larger steps: with --full it is the default.
 """
 
 import os
@@ -25,7 +25,6 @@ from ml_collections import ConfigDict
 from configs import routed_125m, routed_small
 from effattn_jax.training.loop import Result, train
 from effattn_jax.training.metrics import FILE, read_metrics
-from experiments import dense_lists
 from experiments.report import plot_curves, write_report
 
 FLAGS = flags.FlagValues()
@@ -49,7 +48,7 @@ def configured(name: str, *, full: bool, steps: int | None, seed: int, dense: bo
         config.train.eval_every = max(1, steps // 4)
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 5)
     if dense and name != "attention":
-        config.model.mixers[name].implementation = dense_lists.NAME
+        config.model.mixers[name].implementation = "dense"
     return config
 
 

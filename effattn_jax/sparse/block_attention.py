@@ -10,10 +10,11 @@ from effattn_jax.dispatch import Implementation, dispatch
 from effattn_jax.precision import accumulation_dtype
 from effattn_jax.sparse.arguments import check_numbers, check_qkv
 from effattn_jax.sparse.documents import first_tokens, real_only
+from effattn_jax.sparse.marked import marked_attention
 from effattn_jax.sparse.spans import Keys, Plan, Rows, span_attention
 from effattn_jax.typing import Array, Bool, Float, Int, Queries
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"xla": span_attention}
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"xla": span_attention, "dense": marked_attention}
 DEFAULT = ("xla",)
 
 
@@ -57,7 +58,9 @@ def block_attention(
         query_block = 1 and offset None.
       scale: factor on the logits; None means K**-0.5.
       logits_soft_cap: c, s <- c tanh(s / c). None is no cap.
-      implementation: where it runs, see `effattn_jax.dispatch`; "xla".
+      implementation: how it runs, see `effattn_jax.dispatch`. "xla" gathers what is listed, in memory and work linear
+        in T; "dense" makes all products under the mask of the lists, in memory linear in T and quadratic work, which
+        an accelerator may do in less time for rows of some thousands of tokens. None takes "xla".
 
     Returns:
       out [B, T, H, V] in q's dtype and L [B, T, H], both accumulated in float32 (float64 for float64 inputs) and

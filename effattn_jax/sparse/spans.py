@@ -170,7 +170,7 @@ def _logits(
     return jnp.where(may_read, s, -jnp.inf), slope
 
 
-def _may_read(
+def pairs_to_read(
     plan: Plan, keys: Keys, rows: Rows, position: Int[Array, "C J"], which: Int[Array, " C"], length: int
 ) -> Bool[Array, "C Y J"]:
     """Whether the queries of a row may read keys at `position` [C, J], their own lists apart."""
@@ -194,7 +194,7 @@ def _visited(
     """Keys, values and logits of spans step * together, ... of every row."""
     starts = jax.lax.dynamic_slice_in_dim(rows.starts, step * together, together, axis=1)
     position = _side_by_side(starts[:, :, None] + jnp.arange(plan.width))
-    may_read = _may_read(plan, keys, rows, position, which, keys.k.shape[0] - plan.width)
+    may_read = pairs_to_read(plan, keys, rows, position, which, keys.k.shape[0] - plan.width)
     read = jnp.any(may_read, axis=1)[:, :, None]  # what is not may hold anything: 0 * NaN would reach the sums
     k, v = (jnp.where(read, _side_by_side(_gather(x, starts, plan.width)), 0) for x in (keys.k, keys.v))
     s, slope = _logits(plan, rows.q, k, may_read)
@@ -296,7 +296,7 @@ def _key_gradients_by_span(plan: Plan, rows: Rows, keys: Keys, upstream: Upstrea
         some = jax.tree.map(lambda x: x[which], (rows._replace(starts=jnp.arange(rows.q.shape[0])), upstream))
         span_of = lambda x: jax.lax.dynamic_slice_in_dim(x, start, plan.width)  # noqa: E731
         position = jnp.broadcast_to(start + jnp.arange(plan.width), (tile, plan.width))
-        may_read = _may_read(plan, keys, some[0], position, which, length) & mine[:, None, None]
+        may_read = pairs_to_read(plan, keys, some[0], position, which, length) & mine[:, None, None]
         parts = _key_parts(plan, some[0], span_of(keys.k), span_of(keys.v), may_read, some[1])
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(total, part + span_of(total), start, axis=0)
@@ -324,7 +324,7 @@ def _key_gradients_by_mark(plan: Plan, rows: Rows, keys: Keys, upstream: Upstrea
             jnp.zeros((read.shape[0], length), bool).at[jnp.arange(read.shape[0])[:, None], read].set(True, mode="drop")
         )
         everywhere = jnp.broadcast_to(position, marked.shape)
-        may_read = _may_read(plan, keys, rows, everywhere, which, length) & marked[:, None, :]
+        may_read = pairs_to_read(plan, keys, rows, everywhere, which, length) & marked[:, None, :]
         dk_part, dv_part = _key_parts(plan, rows, keys.k, keys.v, may_read, upstream)
         return dk + dk_part, dv + dv_part
 

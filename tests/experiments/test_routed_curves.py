@@ -3,20 +3,13 @@
 import json
 import math
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from configs import routed_125m, routed_small
 from effattn_jax.models.blueprint import blueprint
-from effattn_jax.sparse.block_attention import block_attention
 from effattn_jax.training.setup import model_maker
-from experiments import dense_lists, routed_curves
+from experiments import routed_curves
 from experiments.routed_curves import configured, smoothed
-from tests.compiled import jit
-from tests.ratio import FLOAT32, assert_close
-from tests.sparse.inputs import qkv
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -47,42 +40,6 @@ def test_parameters_of_the_large_models():
 def test_an_unknown_mechanism():
     with pytest.raises(ValueError, match="mechanism: got 'mamba2'; needs one of attention, moba, nsa, infllm2"):
         routed_small.get_config("mamba2")
-
-
-def lists(length, count, block_size, heads):
-    """[2, T, heads, n] of random blocks, some twice, some none, some beyond the row."""
-    rng = np.random.default_rng(0)
-    return rng.integers(-1, length // block_size + 2, (2, length, heads, count)).astype(np.int32)
-
-
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.quick_cases(1)
-def test_dense_lists_are_block_attention(packed, per_head, monkeypatch):
-    q, k, v = qkv(45, value_dim=6)
-    monkeypatch.setattr(dense_lists, "LOGITS", 45 * 100)  # some rows at a time
-    ids = np.repeat([0, 1, 3, -1], [13, 1, 28, 3])[None].repeat(2, 0).astype(np.int32) if packed else None
-    blocks = lists(45, 3, 8, 4 if per_head else 2)
-
-    def loss(arrays, implementation):
-        options = {"block_size": 8, "segment_ids": ids, "implementation": implementation}
-        out, lse = block_attention(*arrays, blocks, **options)
-        empty = jnp.isneginf(lse)
-        lse = jnp.where(empty, 0, lse)
-        return jnp.sum(out**2) + jnp.sum(jnp.sin(lse)), (out, lse, empty)
-
-    want, got = (
-        jit(jax.grad(lambda x, name=name: loss(x, name), has_aux=True))((q, k, v)) for name in ("xla", "dense")
-    )
-    assert want[1][2].any()
-    assert_close(want, got, FLOAT32)
-
-
-def test_dense_lists_refuse_a_further_mask():
-    q, k, v = qkv(16)
-    options = {"block_size": 8, "logits_soft_cap": 1.0, "implementation": "dense"}
-    with pytest.raises(NotImplementedError, match="a mask beside the lists"):
-        jax.eval_shape(lambda q, k, v: block_attention(q, k, v, lists(16, 2, 8, 2), **options), q, k, v)
 
 
 def test_smoothed_curves_are_means_of_neighbours():

@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax.sparse import attention, block_attention, merge, with_sinks
+from effattn_jax.sparse import attention, block_attention, marked, merge, with_sinks
 from tests.compiled import jit
 from tests.ratio import BFLOAT16_GRAD, BFLOAT16_OUT, FLOAT32, assert_close
 from tests.sparse.brute_force import brute_force
 from tests.sparse.inputs import documents, qkv, randn
 
 STATIC = ("block_size", "query_block", "causal", "scale", "logits_soft_cap", "implementation")
+both = pytest.mark.parametrize("how", ["xla", "dense"])
 listed = jit(block_attention, static_argnames=STATIC)
+
+
+@pytest.fixture(autouse=True)
+def some_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(marked, "LOGITS", 8000)
 
 
 def lists(seed, length, keys, *, block_size, query_block=1, heads=2, entries=3, batch=2):
@@ -72,8 +78,9 @@ CASES = {  # T, M, block size, query block, lists a row, other arguments
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_cases(1)
-def test_is_the_softmax_over_the_listed_blocks(case):
+@both
+@pytest.mark.quick_cases(2)
+def test_is_the_softmax_over_the_listed_blocks(case, how):
     length, keys, block_size, query_block, per, options = CASES[case]
     sizes = {"block_size": block_size, "query_block": query_block}
     q, k, v = qkv(length, keys, key_dim=12, value_dim=9)
@@ -82,16 +89,19 @@ def test_is_the_softmax_over_the_listed_blocks(case):
     do, dl = randn(1, (2, length, 4, 9), (2, length, 4))
     mask = visible(indices, length, keys, 4, key_mask=key_mask, causal=options.get("causal", True), **sizes)
     want = brute_force(mask, q, k, v, do, dl, options.get("scale"), options.get("logits_soft_cap"))
-    (out, lse), gradients = with_gradients(q, k, v, indices, do, dl, key_mask=key_mask, **sizes, **options)
+    (out, lse), gradients = with_gradients(
+        q, k, v, indices, do, dl, key_mask=key_mask, implementation=how, **sizes, **options
+    )
     np.testing.assert_array_equal(np.isneginf(want[0][1]), np.isneginf(lse))
     finite = ~np.isneginf(want[0][1])
     assert not np.asarray(out)[~finite].any()
     assert_close((want[0][0], want[0][1][finite], want[1]), (out, np.asarray(lse)[finite], gradients), FLOAT32)
 
 
+@both
 @pytest.mark.parametrize("block_size", [3, 16])
 @pytest.mark.quick_cases(1)
-def test_documents_have_blocks_of_their_own(block_size):
+def test_documents_have_blocks_of_their_own(block_size, how):
     length = 61
     q, k, v = qkv(length)
     ids = documents(length)
@@ -99,7 +109,9 @@ def test_documents_have_blocks_of_their_own(block_size):
     do, dl = randn(1, (2, length, 4, 16), (2, length, 4))
     want = brute_force(visible(indices, length, length, 4, block_size=block_size, ids=ids), q, k, v, do, dl)
     poisoned = [np.where(ids[:, :, None, None] < 0, np.nan, x) for x in (q, k, v)]
-    (out, lse), gradients = with_gradients(*poisoned, indices, do, dl, block_size=block_size, segment_ids=ids)
+    (out, lse), gradients = with_gradients(
+        *poisoned, indices, do, dl, block_size=block_size, segment_ids=ids, implementation=how
+    )
     finite = ~np.isneginf(want[0][1])
     np.testing.assert_array_equal(finite, ~np.isneginf(lse))
     assert_close((want[0][0], want[0][1][finite], want[1]), (out, np.asarray(lse)[finite], gradients), FLOAT32)
@@ -133,13 +145,14 @@ def test_rows_may_begin_at_other_positions():
         assert_close(want[0], got[0][row : row + 1], FLOAT32)
 
 
-def test_what_no_list_names_may_hold_anything():
+@both
+def test_what_no_list_names_may_hold_anything(how):
     q, k, v = qkv(32, 64)
     indices = np.full((2, 32, 2, 2), 1, np.int32)
     do, dl = randn(1, (2, 32, 4, 16), (2, 32, 4))
-    clean = with_gradients(q, k, v, indices, do, dl, block_size=16)
+    clean = with_gradients(q, k, v, indices, do, dl, block_size=16, implementation=how)
     k, v = (np.concatenate([x[:, :32], np.full_like(x[:, 32:], np.nan)], 1) for x in (k, v))
-    poisoned = with_gradients(q, k, v, indices, do, dl, block_size=16)
+    poisoned = with_gradients(q, k, v, indices, do, dl, block_size=16, implementation=how)
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
 
 
@@ -186,30 +199,36 @@ def test_every_query_lists_one_block():
     jax.tree.map(np.testing.assert_array_equal, *runs)  # to the bit
 
 
-def test_bfloat16():
+@both
+def test_bfloat16(how):
     q, k, v = qkv(64, dtype=jnp.bfloat16)
     indices = lists(3, 64, 64, block_size=16)
     do, dl = randn(1, (2, 64, 4, 16), (2, 64, 4))
     want = brute_force(visible(indices, 64, 64, 4, block_size=16), q, k, v, do, dl)
-    (out, lse), gradients = with_gradients(q, k, v, indices, do, dl, block_size=16)
+    (out, lse), gradients = with_gradients(q, k, v, indices, do, dl, block_size=16, implementation=how)
     assert out.dtype == jnp.bfloat16
     assert lse.dtype == jnp.float32
     assert_close(want[0][0], out, BFLOAT16_OUT)
     assert_close(want[1], gradients, BFLOAT16_GRAD)
 
 
+@both
 @pytest.mark.slow
-def test_transformations():
+def test_transformations(how):
     q, k, v = qkv(32)
+    options = {"block_size": 16, "implementation": how}
     indices = lists(3, 32, 32, block_size=16)
     do, dl = randn(1, (2, 32, 4, 16), (2, 32, 4))
-    want = with_gradients(q, k, v, indices, do, dl, block_size=16)
-    each = jax.vmap(lambda *x: with_gradients(*(y[None] for y in x), block_size=16))(q, k, v, indices, do, dl)
+    want = with_gradients(q, k, v, indices, do, dl, **options)
+    each = jax.vmap(lambda *x: with_gradients(*(y[None] for y in x), **options))(q, k, v, indices, do, dl)
     assert_close(finite(want), finite(jax.tree.map(lambda x: x[:, 0], each)), 1e-6)
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:2]), ("rows",))
     spec = jax.sharding.PartitionSpec("rows")
     sharded = jax.shard_map(
-        partial(with_gradients.__wrapped__, block_size=16), mesh=mesh, in_specs=(spec,) * 6, out_specs=spec
+        partial(with_gradients.__wrapped__, **options),
+        mesh=mesh,
+        in_specs=(spec,) * 6,
+        out_specs=spec,
     )
     assert_close(finite(want), finite(jit(sharded)(q, k, v, indices, do, dl)), 1e-6)
 
