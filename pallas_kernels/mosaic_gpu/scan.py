@@ -15,10 +15,10 @@ Schedule. A block of threads walks along one row, one head and 64 columns of v.
              Products with other states are made meanwhile.
 So the exponentials of one chunk are made while the products of the one before run.
 
-A slot may be given back only when the loads from it have ended, which an arrival alone does not see to. The overlap with
-the other states, which nothing waits for, had rows of the first warp wrong, as if loads had come after the next copy:
-with D = 64 and 132 blocks of four chunks in 58 runs of 60. A fence before the arrival ends them (none of 60), at no
-cost in time that could be measured (0.972 ms and 0.970).
+A slot may be given back only when the loads from it have ended, which an arrival alone does not see to. The overlap
+with the other states, which nothing waits for, had rows of the first warp wrong, as if loads had come after the next
+copy: with D = 64 and 132 blocks of four chunks in 58 runs of 60. A fence before the arrival ends them (none of 60), at
+no cost in time that could be measured (0.972 ms and 0.970).
 
 What was tried, B4 T8192 H16 K = V = 128, bfloat16, jax 0.11.2, milliseconds on an H200 of scalar decay forward and
 with the backward pass:
