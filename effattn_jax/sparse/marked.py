@@ -1,7 +1,8 @@
 """Softmax attention whose rows list the spans of keys they read, as whole products under the mask of the lists.
 
-`spans` gathers what is listed and makes nothing else, in many small steps. Where lists name a fair part of a row of
-some thousands of tokens, an accelerator makes all products in less time. Memory is linear in T, work quadratic.
+`spans` gathers what is listed and makes nothing else, in many small steps; here all logits are made, in few large ones,
+which may take less time where lists name a fair part of a row of some thousands of tokens. Memory is linear in T, work
+quadratic.
 """
 
 import functools

@@ -26,12 +26,12 @@ def mosaic_gpu(
     Raises:
       NotImplementedError: not a Hopper GPU, and what `pallas_kernels.mosaic_gpu.attention` refuses.
     """
-    from pallas_kernels.mosaic_gpu.attention import attention
-
     refuse_varying(q, k, v, sinks, query_segments, key_segments)
     if not isinstance(offset, int):
         raise NotImplementedError("the number of keys before the queries is not known at trace time")
     interpret: Any = hopper_or_interpreter()
+    from pallas_kernels.mosaic_gpu.attention import attention
+
     return attention(
         q,
         k,

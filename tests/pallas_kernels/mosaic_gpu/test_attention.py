@@ -201,6 +201,17 @@ def test_none_takes_ours_for_what_cudnn_refuses(monkeypatch):
     np.testing.assert_array_equal(attention(q, k, v, sinks=z), named)
 
 
+def test_none_on_a_gpu_that_is_no_hopper_takes_xla(monkeypatch):
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    (q, k, v, z), _, _ = draw(64, heads=1, sinks=True)
+    assert kernels.attention_here(64)[1] == "mosaic_gpu"
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        attention(q, k, v, sinks=z, implementation="mosaic_gpu")
+    want = attention(q, k, v, sinks=z, implementation="xla")
+    np.testing.assert_array_equal(attention(q, k, v, sinks=z), want)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
