@@ -43,12 +43,19 @@ def constant_decay_sum(log_decay: Float[Array, "... 1"], real: Bool[Array, "... 
     return DecaySum(log_decay, steps, jnp.zeros_like(log_decay), log_decay * (steps[..., -1:] - steps))
 
 
+def pairwise_exponent(sums: DecaySum) -> Float[Array, "... C C"]:
+    """G_i - G_j, meant for j <= i.
+
+    On the diagonal it is the constant 0: under strong gates the rest of D is small, and two gradients of its size
+    cancel to noise.
+    """
+    steps, fine = (x[..., :, None] - x[..., None, :] for x in (sums.steps, sums.fine))
+    return jnp.where(jnp.eye(steps.shape[-1], dtype=bool), 0, sums.rate[..., None] * steps + fine)
+
+
 def pairwise_decay(sums: DecaySum, mask: Bool[Array, "... C C"]) -> Float[Array, "... C C"]:
     """D_ij = e^{G_i - G_j} where `mask`, else 0.
 
-    The mask comes before the exponential: above the diagonal the exponent is positive and may overflow. On the diagonal
-    it is the constant 0: under strong gates the rest of D is small, and two gradients of its size cancel to noise.
+    The mask comes before the exponential: above the diagonal the exponent is positive and may overflow.
     """
-    steps, fine = (x[..., :, None] - x[..., None, :] for x in (sums.steps, sums.fine))
-    exponent = jnp.where(jnp.eye(mask.shape[-1], dtype=bool), 0, sums.rate[..., None] * steps + fine)
-    return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
+    return jnp.exp(jnp.where(mask, pairwise_exponent(sums), -jnp.inf))

@@ -5,6 +5,7 @@
 with a_t = e^{g_t} and q_t, k_t turned by the sum of the angles of their document up to t (arXiv:2603.15569).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from effattn_jax import checks
 from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.kernels import implementations_here
 from effattn_jax.linear.arguments import (
     FORMS,
     check_gate,
@@ -23,12 +25,15 @@ from effattn_jax.linear.arguments import (
     start_state,
 )
 from effattn_jax.linear.recurrence import recurrence
+from effattn_jax.linear.scalar_chunkwise import chunkwise
 from effattn_jax.linear.scalar_decay import scalar_decay
 from effattn_jax.linear.segments import document_starts
 from effattn_jax.precision import accumulation_dtype, contract
 from effattn_jax.typing import Array, Bool, Float, Int, MatrixState, Queries, SegmentIds, Values
 
 __all__ = ["FORMS", "Mamba3Memory", "mamba3"]
+
+KERNELS = ("mosaic_gpu", "mosaic_tpu", "triton")
 
 
 class Mamba3Memory(NamedTuple):
@@ -118,12 +123,21 @@ def mamba3(
         out, state = dispatch("mamba3", {"xla": recurrent}, implementation, ("xla",), tokens, start, segment_ids)
         return out.astype(q.dtype), state
 
-    def engine(q: Array, k: Array, v: Array, g: Array, S: Array, segment_ids: SegmentIds | None) -> tuple[Array, Array]:
+    def rounded(
+        name: str, q: Array, k: Array, v: Array, g: Array, S: Array, segment_ids: SegmentIds | None
+    ) -> tuple[Array, Array]:
+        q, k = q.astype(v.dtype), k.astype(v.dtype)
         return scalar_decay(
-            q, k, v, g, scale=1.0, initial_state=S, segment_ids=segment_ids, form=form, implementation=implementation
+            q, k, v, g, scale=1.0, initial_state=S, segment_ids=segment_ids, form=form, implementation=name
         )
 
-    out, state = by_scalar_decay(tokens, start, segment_ids, engine)
+    engines: dict[str, Engine] = {name: functools.partial(rounded, name) for name in KERNELS}
+    # the gradient of an angle is a sum over tokens that cancels: those of q and k stay as wide as they are accumulated
+    engines["xla"] = (
+        functools.partial(chunkwise, scale=1.0) if form == "chunkwise" else functools.partial(rounded, "xla")
+    )
+    on = {name: functools.partial(by_scalar_decay, engine=engine) for name, engine in engines.items()}
+    out, state = dispatch("mamba3", on, implementation, implementations_here(form), tokens, start, segment_ids)
     return out.astype(q.dtype), state
 
 
@@ -177,9 +191,9 @@ def by_scalar_decay(
     weight = jnp.exp(log_decay) * (take(owns, before) + (1 - mix) * dt)
     if segment_ids is not None:
         weight = jnp.where(document_starts(segment_ids)[..., None], 0, weight)
-    late_keys = (take(keys, before) * weight[..., None]).astype(dtype)
+    late_keys = take(keys, before) * weight[..., None]
     late_values = take(values, before).astype(dtype)
-    older, matrix = engine(q.astype(dtype), late_keys, late_values, log_decay, initial_state.matrix, segment_ids)
+    older, matrix = engine(q, late_keys, late_values, log_decay, initial_state.matrix, segment_ids)
 
     out = older + real_tokens(now, segment_ids)
     key, value, weight = (take(x, index[:, -1:])[:, 0] for x in (keys, values, owns))

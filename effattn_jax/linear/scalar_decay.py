@@ -7,9 +7,6 @@ arXiv:2307.08621), Lightning Attention-2 (Qin et al. 2024, arXiv:2401.04658) and
 v = dt x; Dao & Gu 2024, arXiv:2405.21060).
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
 from effattn_jax.dispatch import Implementation, dispatch
@@ -21,12 +18,10 @@ from effattn_jax.kernels import (
     takes_step,
     tpu_or_interpreter,
 )
-from effattn_jax.linear.affine import DiagonalMap, diagonal_map, entering_states
+from effattn_jax.linear.affine import DiagonalMap, diagonal_map
 from effattn_jax.linear.arguments import FORMS, check_gate, check_memory, choose_form, repeat_heads, start_state
-from effattn_jax.linear.chunks import from_chunks, to_chunks
-from effattn_jax.linear.decay import constant_decay_sum, decay_sum, pairwise_decay
 from effattn_jax.linear.recurrence import recurrence
-from effattn_jax.linear.segments import chunk_masks
+from effattn_jax.linear.scalar_chunkwise import associative, chunkwise, parallel
 from effattn_jax.precision import accumulation_dtype, contract
 from effattn_jax.typing import Array, Float, HeadDecay, Keys, MatrixState, Queries, SegmentIds, Values
 
@@ -61,7 +56,8 @@ def scalar_decay(
         Negative ids mark padding: such a token writes nothing, reads zero and lets the state pass.
       form: "recurrent" (`lax.scan` over tokens), "parallel" (quadratic in T), "chunkwise" (matrix products over chunks,
         a scan over chunks), "associative" (the same, chunks combined by `lax.associative_scan`): algorithms for one
-        answer. None takes the single step for T = 1, else chunkwise.
+        answer. None takes the single step for T = 1, else chunkwise. The chunkwise form has a backward pass of its own,
+        which can be differentiated again; forward mode (`jax.jvp`) takes the other forms.
       implementation: where it runs, see `effattn_jax.dispatch`: "xla", "mosaic_gpu" (Hopper; bfloat16 or float16, K and
         V up to 256) or "mosaic_tpu" (bfloat16 or float32, K and V up to 256; interpreted and compiled so far, not yet
         run on a TPU). The kernels are chunkwise, or for one token a step (K and V multiples of 64 up to 256, every
@@ -172,30 +168,17 @@ def _xla(
     form: str,
     scale: float,
 ) -> tuple[Array, Array]:
-    out, state = _xla_unscaled(q, k, v, log_decay, initial_state, segment_ids, form)
-    return out * scale, state
-
-
-def _xla_unscaled(
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array,
-    initial_state: Array,
-    segment_ids: Array | None,
-    form: str,
-) -> tuple[Array, Array]:
     heads = initial_state.shape[1]
     if form == "recurrent":
         q, k, v = (repeat_heads(x.astype(initial_state.dtype), heads) for x in (q, k, v))
         log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], heads))
-        return recurrent(q, k, v, log_decay, initial_state, segment_ids)
+        out, state = recurrent(q, k, v, log_decay, initial_state, segment_ids)
+        return out * scale, state
     groups = heads if q.shape[2] != k.shape[2] else q.shape[2]
     q, k, v = repeat_heads(q, groups), repeat_heads(k, groups), repeat_heads(v, heads)
-    if form == "parallel":
-        return parallel(q, k, v, log_decay, initial_state, segment_ids)
-    chunks = functools.partial(chunkwise, associative=form == "associative")
-    return jax.checkpoint(chunks)(q, k, v, log_decay, initial_state, segment_ids)
+    v = v.astype(jnp.result_type(q, k, v))  # the dtype of products
+    run = {"parallel": parallel, "chunkwise": chunkwise, "associative": associative}[form]
+    return run(q, k, v, log_decay, initial_state, segment_ids, scale)
 
 
 def scalar_decay_map(
@@ -230,69 +213,3 @@ def recurrent(
         return state, contract("bhkv,bhk->bhv", state, q)
 
     return recurrence(step, initial_state, (q, k, v, log_decay), segment_ids)
-
-
-def parallel(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    log_decay: HeadDecay,
-    initial_state: MatrixState,
-    segment_ids: SegmentIds | None,
-) -> tuple[Float[Array, "B T H V"], MatrixState]:
-    """O = ((Q K^T) * D) V with D_ij = e^{g_{j+1} + ... + g_i} for j <= i: the whole row is one chunk."""
-    return chunkwise(q, k, v, log_decay, initial_state, segment_ids, chunk=max(1, q.shape[1]))
-
-
-def chunkwise(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    log_decay: HeadDecay,
-    initial_state: MatrixState,
-    segment_ids: SegmentIds | None,
-    chunk: int | None = None,
-    associative: bool = False,
-) -> tuple[Float[Array, "B T H V"], MatrixState]:
-    """In a chunk that starts from S with G_i = g_1 + ... + g_i, every exponent <= 0:
-
-    O = ((Q K^T) * D) V + diag(e^G) Q S        D_ij = e^{G_i - G_j} for j <= i
-    S' = e^{G_C} S + (diag(e^{G_C - G}) K)^T V
-
-    `scalar_decay` calls it under `jax.checkpoint`: the backward pass keeps the arguments and recomputes the rest.
-    """
-    batch, length, groups, key_dim = q.shape
-    if chunk is None:  # of the order of K: balances C^2 (K + V) work inside chunks against C K V work on states
-        chunk = 64 if key_dim <= 64 else 128
-    heads = (groups, v.shape[2] // groups)  # R heads of v share the keys of each of G groups
-    if log_decay.ndim == 1:
-        # chunks without padding are alike: one D serves them
-        whole = jnp.ones((1, chunk if length % chunk == 0 else length), bool)
-        real = to_chunks(whole if segment_ids is None else segment_ids >= 0, chunk)
-        g = constant_decay_sum(log_decay.reshape(*heads, 1), real[:, :, None, None])  # [B or 1, N or 1, G, R, C]
-    else:
-        gates = log_decay if segment_ids is None else jnp.where(segment_ids[..., None] >= 0, log_decay, 0)
-        gates = jnp.moveaxis(to_chunks(gates, chunk), 2, 3)
-        g = decay_sum(gates.reshape(*gates.shape[:2], *heads, chunk))  # [B, N, G, R, C]
-    q, k, v = (jnp.moveaxis(to_chunks(x, chunk), 2, 3) for x in (q, k, v))  # [B, N, heads, C, ...]
-    v = v.reshape(*v.shape[:2], *heads, chunk, v.shape[-1])
-
-    mask = jnp.tril(jnp.ones((chunk, chunk), bool))
-    to_end, from_start, keep = jnp.exp(g.to_end), jnp.exp(g.total), jnp.exp(g.total[..., -1])
-    if segment_ids is not None:
-        masks = chunk_masks(to_chunks(segment_ids, chunk, fill=-1))
-        mask = mask & masks.inside[:, :, None, None]
-        to_end = to_end * masks.out[:, :, None, None]
-        from_start = from_start * masks.into[:, :, None, None]
-        keep = keep * masks.keep[:, :, None, None]
-
-    scores = contract("bngik,bngjk->bngij", q, k)[:, :, :, None] * pairwise_decay(g, mask)
-    inside = contract("bngrij,bngrjv->bngriv", scores.astype(v.dtype), v)
-    written = contract("bngck,bngrcv->bngrkv", k, (v * to_end[..., None]).astype(v.dtype))
-    keep = jnp.broadcast_to(keep, written.shape[:4])[..., None, None]
-    maps = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), DiagonalMap(keep, written))
-    entering, state = entering_states(maps, initial_state.reshape(batch, *written.shape[2:]), associative=associative)
-    entering = jnp.moveaxis(entering, 0, 1)
-    read = contract("bngck,bngrkv->bngrcv", q, entering.astype(q.dtype)) * from_start[..., None]
-    out = (inside + read).reshape(*v.shape[:2], initial_state.shape[1], chunk, v.shape[-1])
-    return from_chunks(jnp.moveaxis(out, 3, 2), length), state.reshape(initial_state.shape)

@@ -178,3 +178,46 @@ def test_bad_log_decay(shape, dtype):
     x = fixture.load("retention")["T65"]["in"]
     with pytest.raises(ValueError, match=r"^log_decay: got (shape|dtype) .+; needs .+"):
         scalar_decay(x["q"], x["k"], x["v"], jnp.zeros(shape, dtype))
+
+
+def _loss(form):
+    """Of five arrays of heads that share keys, in float64; its gradient is neither linear nor even in any."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))  # noqa: E731
+    arrays = {"q": draw(2, 70, 1, 4), "k": draw(2, 70, 1, 4), "v": draw(2, 70, 2, 3)}
+    arrays |= {"log_decay": -jnp.abs(draw(2, 70, 2)), "initial_state": draw(2, 2, 4, 3)}
+
+    def loss(arrays):
+        out, state = scalar_decay(**arrays, form=form)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(state))
+
+    return loss, arrays, jax.tree.map(lambda x: draw(*x.shape), arrays)
+
+
+def _dot(x, y):
+    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, x, y)))
+
+
+def _curvature(form):
+    """The gradient of the slope along a direction."""
+    with jax.enable_x64(True):
+        loss, at, along = _loss(form)
+        return jax.jit(jax.grad(lambda x: _dot(jax.grad(loss)(x), along)))(at)
+
+
+def test_backward_of_chunks_is_differentiable():
+    """The backward pass of the chunkwise form is its own; JAX derives the others'."""
+    assert_close(_curvature("recurrent"), _curvature("chunkwise"), 1e-11)
+
+
+@every_form
+def test_forward_mode(form):
+    """`jax.jvp` takes the forms that JAX differentiates."""
+    with jax.enable_x64(True):
+        loss, at, along = _loss(form)
+        if form == "chunkwise":
+            with pytest.raises(TypeError, match="forward-mode"):
+                jax.jvp(loss, (at,), (along,))
+            return
+        _, slope = jax.jit(lambda at, along: jax.jvp(loss, (at,), (along,)))(at, along)
+        np.testing.assert_allclose(slope, _dot(jax.jit(jax.grad(loss))(at), along), rtol=1e-11)

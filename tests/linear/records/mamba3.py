@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from effattn_jax.linear.mamba3 import Mamba3Memory, Tokens, by_scalar_decay, mamba3
-from effattn_jax.linear.scalar_decay import chunkwise
+from effattn_jax.linear.scalar_chunkwise import chunkwise
 from tests.linear.draw import draw_qkv, log_decays
 from tests.linear.suite import Engine, head_values
 
@@ -40,7 +40,7 @@ def _function(initial_state=None, **arguments):
 
 
 def _chunkwise(inputs, initial_state, segment_ids, chunk):
-    engine = functools.partial(chunkwise, chunk=chunk)
+    engine = functools.partial(chunkwise, scale=1.0, chunk=chunk)
     start = _scaled(initial_state, TURNS)
     out, state = by_scalar_decay(Tokens(**inputs), start, segment_ids, engine)
     return out, _scaled(state, 1 / TURNS)

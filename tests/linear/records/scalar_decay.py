@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from effattn_jax.linear.scalar_decay import chunkwise, scalar_decay, scalar_decay_map
+from effattn_jax.linear.scalar_chunkwise import chunkwise
+from effattn_jax.linear.scalar_decay import scalar_decay, scalar_decay_map
 from tests.linear.draw import draw_qkv, log_decays
 from tests.linear.oracle import by_head
 from tests.linear.suite import Engine
@@ -30,8 +31,7 @@ def _token(state, q, k, v, log_decay=0.0):
 def _chunkwise(inputs, initial_state, segment_ids, chunk):
     q, k, v, g = (inputs.get(name) for name in ("q", "k", "v", "log_decay"))
     g = jnp.zeros(initial_state.shape[1], initial_state.dtype) if g is None else g
-    out, state = chunkwise(q, k, v, g, initial_state, segment_ids, chunk=chunk)
-    return out * q.shape[-1] ** -0.5, state
+    return chunkwise(q, k, v, g, initial_state, segment_ids, q.shape[-1] ** -0.5, chunk)
 
 
 def _map(inputs, segment_ids):
