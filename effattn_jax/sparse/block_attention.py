@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from effattn_jax import checks
-from effattn_jax.dispatch import Implementation, dispatch
+from effattn_jax.dispatch import Implementation, dispatch, platform
 from effattn_jax.precision import accumulation_dtype
 from effattn_jax.sparse.arguments import check_numbers, check_qkv
 from effattn_jax.sparse.documents import first_tokens, real_only
@@ -15,7 +15,7 @@ from effattn_jax.sparse.spans import Keys, Plan, Rows, span_attention
 from effattn_jax.typing import Array, Bool, Float, Int, Queries
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"xla": span_attention, "dense": marked_attention}
-DEFAULT = ("xla",)
+MANY, PAIRS = 64, 256  # lists of a row, and logits that a GPU makes while it gathers one key, see `by_cost`
 
 
 def block_attention(
@@ -59,8 +59,8 @@ def block_attention(
       scale: factor on the logits; None means K**-0.5.
       logits_soft_cap: c, s <- c tanh(s / c). None is no cap.
       implementation: how it runs, see `effattn_jax.dispatch`. "xla" gathers what is listed, in memory and work linear
-        in T; "dense" makes all products under the mask of the lists, in memory linear in T and quadratic work, which
-        an accelerator may do in less time for rows of some thousands of tokens. None takes "xla".
+        in T; "dense" makes all products under the mask of the lists, in memory linear in T and quadratic work. None
+        takes "xla", but on a GPU "dense" where `by_cost` expects it to take less time.
 
     Returns:
       out [B, T, H, V] in q's dtype and L [B, T, H], both accumulated in float32 (float64 for float64 inputs) and
@@ -143,8 +143,20 @@ def block_attention(
         mask,
     )
     plan = Plan(block_size, causal, key_dim**-0.5 if scale is None else float(scale), logits_soft_cap)
-    out, lse = dispatch("block_attention", IMPLEMENTATIONS, implementation, DEFAULT, plan, rows, of_keys)
+    order = by_cost(rows, keys, block_size)
+    out, lse = dispatch("block_attention", IMPLEMENTATIONS, implementation, order, plan, rows, of_keys)
     return from_rows(out), from_rows(lse)
+
+
+def by_cost(rows: Rows, keys: int, block_size: int) -> tuple[str, ...]:
+    """What None takes: on a GPU whole products where a list has few queries times keys for each key that it names.
+
+    Measured on an H100 (`experiments.hardware_rules`): a listed key is gathered, forward, in the time of some 256
+    logits, and backward in that of more. A few queries that decode make too few products to fill the chip.
+    """
+    _, lists, queries, listed = (*rows.position.shape, rows.starts.shape[-1])
+    cheap = lists >= MANY and queries * keys <= PAIRS * listed * block_size
+    return ("dense",) if cheap and platform() == "gpu" else ("xla",)
 
 
 def distinct(starts: Int[Array, "*lists n"], keys: int) -> Int[Array, "*lists n"]:

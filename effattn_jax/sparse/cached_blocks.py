@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from effattn_jax.dispatch import Implementation, dispatch
-from effattn_jax.sparse.block_attention import DEFAULT, block_attention, distinct
+from effattn_jax.sparse.block_attention import block_attention, distinct
 from effattn_jax.sparse.gathered import read_gathered
 from effattn_jax.sparse.kv_buffer import of_rows
 from effattn_jax.typing import Array, Float, Int, Queries
@@ -27,7 +27,7 @@ def read_blocks(
     options: dict[str, Any] = {"block_size": block_size, "offset": offset, "scale": scale}
     if q.shape[1] != 1:
         return block_attention(q, k, v, lists, implementation=implementation, **options)[0]
-    return dispatch("block_attention", OF_ONE, implementation, DEFAULT, q, k, v, lists, **options)
+    return dispatch("block_attention", OF_ONE, implementation, ("xla",), q, k, v, lists, **options)
 
 
 def _of_one(

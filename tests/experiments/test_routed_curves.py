@@ -15,7 +15,7 @@ from experiments.routed_curves import configured, smoothed
 @pytest.mark.parametrize("full", [False, True])
 def test_runs_differ_by_their_mixer_alone(full):
     configs = [
-        configured(name, full=full, steps=7, seed=3, dense=True).to_dict() for name in ("attention", "moba", "nsa")
+        configured(name, full=full, steps=7, seed=3, lists="dense").to_dict() for name in ("attention", "moba", "nsa")
     ]
     for config, name in zip(configs, ("attention", "moba", "nsa"), strict=True):
         assert config["model"].pop("pattern") == (name,)

@@ -1,5 +1,6 @@
 """Block lists against a brute-force mask in float64 numpy, values and gradients."""
 
+import sys
 from functools import partial
 
 import jax
@@ -316,3 +317,33 @@ def test_bad_arguments(case):
     arguments = {"block_indices": np.zeros((2, 8, 2, 1), np.int32), "block_size": 4} | change
     with pytest.raises(ValueError, match=rf"\b{argument}:? got .+; needs .+"):
         block_attention(q, k, v, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "group", "block_size", "count", "takes"),
+    [
+        ("gpu", 2048, 16, 64, 8, "dense"),
+        ("gpu", 4096, 32, 64, 8, "dense"),  # 256 logits for each listed key
+        ("gpu", 4097, 32, 64, 8, "xla"),
+        ("gpu", 63, 1, 16, 1, "xla"),  # few lists
+        ("cpu", 2048, 16, 64, 8, "xla"),
+        ("tpu", 2048, 16, 64, 8, "xla"),
+    ],
+)
+def test_what_none_takes(platform, length, group, block_size, count, takes, monkeypatch):
+    module = sys.modules["effattn_jax.sparse.block_attention"]  # the package's attribute is the function
+    called = []
+
+    def refuse(name):
+        def implementation(*_):
+            called.append(name)
+            raise NotImplementedError
+
+        return implementation
+
+    monkeypatch.setattr(module, "platform", lambda: platform)
+    monkeypatch.setattr(module, "IMPLEMENTATIONS", {name: refuse(name) for name in ("xla", "dense")})
+    q, k = jnp.zeros((1, length, group, 8)), jnp.zeros((1, length, 1, 8))
+    with pytest.raises(ExceptionGroup):
+        block_attention(q, k, k, jnp.zeros((1, length, 1, count), jnp.int32), block_size=block_size)
+    assert called == [takes]
