@@ -24,7 +24,22 @@ QUICK = {  # a check of each kind; what is not here is slow
 }
 
 
-RELATIVES = {"titans_mag", "titans_mal", "rwkv6_channel_mix", "delta_net", "attention_window"}  # of quick layers
+RELATIVES = {  # of quick layers
+    "attention_window",
+    "comba",
+    "delta_net",
+    "fox_pro",
+    "gated_delta_net2",
+    "gated_delta_product",
+    "gla_groups_conv",
+    "mamba2_groups",
+    "mamba_learned_norms",
+    "rwkv6_channel_mix",
+    "titans_mac",
+    "titans_mag",
+    "titans_mal",
+    "ttt_mlp",
+}
 
 
 def is_quick(item):

@@ -45,6 +45,12 @@ UNCOMPILED = {  # by kernels
     "test_kernels_say_what_they_refuse",
     "test_kernels_refuse_second_derivatives",
 }
+FOLLOWS = {  # from agreeing with the recurrence; they have programs of their own
+    "test_packed_documents_equal_separate_rows",
+    "test_no_gradient_reaches_later_tokens",
+    "test_rows_and_heads_do_not_mix",
+    "test_right_padding_changes_nothing",
+}
 STRENGTH, LAST = "strong", 100  # gates and a last token that are quick
 WHOLE = "scalar_decay"
 
@@ -87,8 +93,8 @@ def is_quick(engine, form, test, parameters):
         return is_quick_of_kernels(engine, test, parameters)
     if engine.variant or test not in SHARED | ONE_FORM.keys():
         return False
-    if test in ("test_packed_documents_equal_separate_rows", "test_no_gradient_reaches_later_tokens"):
-        return False  # programs of their own, for what follows from agreeing with the recurrence
+    if test in FOLLOWS:
+        return False
     if parameters.get("strength", STRENGTH) != STRENGTH or parameters.get("last", LAST) != LAST:
         return False
     if test == "test_forms_agree_over_strengths":
@@ -102,9 +108,8 @@ def is_quick_of_kernels(engine, test, parameters):
     """What needs no program, and one program each: an interpreter for GPUs takes seconds to run one, too."""
     if test in UNCOMPILED:
         return True
-    if engine.is_interpreted:
-        quick = test == "test_forms_agree_with_recurrent" and parameters["length"] == 1
-        return quick and engine.of.name == WHOLE
+    if engine.is_interpreted or engine.of.name != WHOLE:
+        return False  # tests/pallas_kernels is quick
     if test == "test_forms_agree_on_packed_documents":
         return parameters["packing"] == "padding" and parameters["strength"] == "strong"
     return False

@@ -199,8 +199,8 @@ def test_chunks_of_any_size(form, chunk):
 
 
 @every_form
-@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 8])
-@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.slow
 def test_gates_of_exactly_0_and_1(form, chunk):
     """Values and gradients, against the equation."""
     with jax.enable_x64(True):

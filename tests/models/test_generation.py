@@ -70,6 +70,7 @@ def test_only_the_best_token_can_be_drawn(sampling):
     assert_same(by_full_passes(), got)
 
 
+@pytest.mark.slow
 def test_stop_tokens():
     """Some rows stop, one at its first token; the others go on as if alone."""
     want = by_full_passes()

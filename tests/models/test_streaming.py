@@ -103,6 +103,7 @@ def test_draws_of_a_conversation():
     assert talk.generate(max_new_tokens=STEPS, **DRAWN).tolist() == want
 
 
+@pytest.mark.slow
 def test_following_reads_only_what_is_new(monkeypatch):
     talk, read = session(), []
     append = talk.append
@@ -146,6 +147,7 @@ def test_errors(message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_no_room_for_an_answer():
     talk = session()
     talk.append(PROMPT)

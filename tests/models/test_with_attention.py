@@ -75,7 +75,7 @@ def test_prefill():
 
 
 @pytest.mark.parametrize("mechanisms", EVERYTHING, ids=lambda pair: "-".join(str(name) for name, _ in pair))
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_everything_is_read(mechanisms):
     model = decoding_by(mechanisms)
     agree(forward(dense(), TOKENS), prefilled_and_decoded(model, TOKENS))

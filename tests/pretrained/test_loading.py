@@ -42,6 +42,7 @@ def shards(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_host_holds_one_tensor_at_a_time(shards):
     run = [sys.executable, "-m", "tests.pretrained.memory_of_loading", str(shards)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)

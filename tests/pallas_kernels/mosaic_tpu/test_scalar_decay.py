@@ -102,7 +102,7 @@ def test_packed_documents(case):
 
 
 @of(STRENGTHS, "weak", "strong")
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_bfloat16(case):
     limits = (BFLOAT16_OUT, BFLOAT16_GRAD, BFLOAT16_GATE)
     assert_equals_oracle(draw(700, 128, 64, strength=case, dtype=jnp.bfloat16, batch=1), limits=limits)

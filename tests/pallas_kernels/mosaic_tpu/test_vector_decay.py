@@ -80,7 +80,7 @@ def assert_equals_oracle(drawn, segment_ids=None, limits=(FLOAT32,) * 3, scale=0
 
 
 @of([(strength, bonus) for strength in STRENGTHS for bonus in (False, True)], ("sigmoid", False), ("extreme", True))
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_strengths_of_gates(case):
     strength, bonus = case
     assert_equals_oracle(draw(200, 64, 128, strength=strength, bonus=bonus))
