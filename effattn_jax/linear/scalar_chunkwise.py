@@ -49,7 +49,7 @@ class Exponents(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """Where documents let the decays act: factors or masks."""
+    """Where documents let the decays act."""
 
     pairs: Bool[Array, "N B G R C C"]
     to_end: Bool[Array, "N B G R C"]

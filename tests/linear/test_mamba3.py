@@ -71,3 +71,20 @@ def test_whole_turns_change_nothing(form):
         assert_close((out, state.matrix), (again, same.matrix), 1e-9)
         still, _ = run(**x, **gates, angle=0 * angle, form=form)
     assert error_ratio(still, out) > 0.1
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_on_a_kernel(dtype):
+    """A kernel takes queries and keys in the dtype of the values, turned before they are rounded."""
+    rng = np.random.default_rng(0)
+    given = draw_qkv(rng, Sizes(7, 64, 64, batch=1, heads=(2, 2, 2)))
+    shape = given["v"].shape[:3]
+    gates = {"log_decay": log_decays(rng, shape, "strong"), "dt": rng.uniform(0, 1, shape).astype(np.float32)}
+    gates |= {"mix": rng.uniform(0, 1, shape).astype(np.float32)}
+    gates |= {"angle": rng.standard_normal((*shape, 8), np.float32)}
+    want, _ = mamba3(**given, **gates, form="recurrent")
+    given = {name: x.astype(dtype) for name, x in given.items()}
+    got, _ = mamba3(**given, **gates, form="chunkwise", implementation="mosaic_tpu")
+    assert got.dtype == dtype
+    assert_close(want, got.astype("float32"), FLOAT32 if dtype == "float32" else 0.008)  # inputs round, too
